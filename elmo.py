@@ -1,0 +1,1060 @@
+"""ELMo in one file: "Deep contextualized word representations" (Peters et al., NAACL 2018) in MindSpore.
+
+    python data.py  --input corpus/              text to train.mindrecord
+    python elmo.py  --device Ascend              train the paper's biLM on it
+    python elmo.py  embed --input sentences.txt --output vectors.npz
+
+The paper                                        The machinery around it
+  1. Options         (supplement)                  7. Published weights
+  2. Character CNN   (section 3.1, 3.4)            8. One training step
+  3. LSTM with projection                          9. Checkpoints
+  4. Bidirectional language model (3.1)           10. Train, test, embed, export
+  5. Sampled softmax                              11. Command line
+  6. ELMo: the scalar mix (3.2, equation 1)
+"""
+import argparse
+import bisect
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from data import (MAX_CHARS, SPECIAL, Corpus, InputError, Rows, Slots, Vocabulary, ahead, char_ids,
+                  training_batches)  # before mindspore, whose log it quiets
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. Options: every hyperparameter of the paper's model
+# ---------------------------------------------------------------------------------------------------------
+
+
+def option(place, default, *valid):
+    """A field of `Options`: where the published JSON keeps it, and the least and greatest value, or the strings."""
+    return field(default=default, metadata={"place": place, "valid": valid})
+
+
+@dataclass(frozen=True)
+class Options:
+    """The hyperparameters; the defaults are the paper's ("original")."""
+    filters: tuple = option("char_cnn.filters", (  # [width in characters, number of them], "2048 character n-gram
+        (1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024)))  # convolutional filters (section 3.4)
+    char_dim: int = option("char_cnn.embedding.dim", 16, 1, 1024)
+    activation: str = option("char_cnn.activation", "relu", "relu", "tanh")
+    n_highway: int = option("char_cnn.n_highway", 2, 0, 16)      # followed by two highway layers
+    dim: int = option("lstm.dim", 4096, 1, 65536)                # L = 2 biLSTM layers with 4096 units
+    projection: int = option("lstm.projection_dim", 512, 1, 65536)  # and 512 dimension projections
+    n_layers: int = option("lstm.n_layers", 2, 1, 16)
+    use_skip_connections: bool = option("lstm.use_skip_connections", True, False, True)  # and a residual connection"
+    cell_clip: float = option("lstm.cell_clip", 3.0, 0.01, 1e9)  # |c| of an LSTM never exceeds this,
+    proj_clip: float = option("lstm.proj_clip", 3.0, 0.01, 1e9)  # and |h| not this
+    # What follows is about training; files of published weights may lack it.
+    dropout: float = option("dropout", 0.1, 0.0, 0.99)
+    batch_size: int = option("batch_size", 128, 1, 65536)        # rows of text, read side by side
+    unroll_steps: int = option("unroll_steps", 20, 1, 1024)      # tokens of each row in a step; the state is carried on
+    sample_softmax: bool = option("sample_softmax", True, False, True)  # False: the full softmax
+    n_negative_samples_batch: int = option("n_negative_samples_batch", 8192, 1, 1 << 24)
+    all_clip_norm_val: float = option("all_clip_norm_val", 10.0, 1e-9, 1e9)  # of the gradient's global norm
+    learning_rate: float = option("learning_rate", 0.2, 1e-9, 1e9)           # of Adagrad
+    n_epochs: int = option("n_epochs", 10, 1, 1 << 20)           # "After training for 10 epochs" (section 3.4)
+
+
+SIZES = {"tiny": Options(filters=((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), n_highway=1, dim=256, projection=64,
+                         n_negative_samples_batch=1024),
+         "small": Options(n_highway=1, dim=1024, projection=128),
+         "medium": Options(n_highway=1, dim=2048, projection=256),
+         "original": Options()}
+
+
+def read_options(path):
+    """The `Options` of a published JSON file; InputError where it cannot be used."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); mend it, or choose a --size") from None
+    values = {}
+    for f in fields(Options):
+        place, valid = f.metadata["place"], f.metadata["valid"]
+        value = look_up(content, place)
+        if value is not None:
+            values[f.name] = tuple(map(tuple, value)) if f.name == "filters" and are_filters(value) else value
+        elif "." in place:
+            raise InputError(f"{path}: lacks {place}, which the model's shape depends on")
+        if valid and value is not None and not is_valid(value, f.default, valid):
+            raise InputError(f"{path}: {place} is {value!r:.40}, but must be " + (
+                " or ".join(valid) if f.type is str else f"{valid[0]} to {valid[-1]}"))
+    options = Options(**values)
+    if not are_filters(options.filters):
+        raise InputError(f"{path}: char_cnn.filters must be a list of [width, number], a width 1 to {MAX_CHARS} characters")
+    if options.projection > sum(number for _, number in options.filters):
+        raise InputError(f"{path}: lstm.projection_dim {options.projection} is more than there are filters to project")
+    for place, known in (("char_cnn.max_characters_per_token", (MAX_CHARS,)), ("char_cnn.n_characters", (261, 262))):
+        if look_up(content, place) not in (None, *known):
+            raise InputError(f"{path}: {place} must be {known[0]}, as in every published model")
+    return options
+
+
+def look_up(content, place):
+    """The value at a.b.c of nested dictionaries, None where there is none."""
+    for key in place.split("."):
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def is_valid(value, default, valid):
+    kind = type(default)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        return False
+    return value in valid if kind is str else valid[0] <= value <= valid[-1]
+
+
+def are_filters(value):
+    """Whether value is a list of [width, number], not empty."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(n) is int for n in pair)
+        and 1 <= pair[0] <= MAX_CHARS and 1 <= pair[1] <= 65536 for pair in value)
+
+
+def write_options(options, path):
+    """Writes the published JSON format."""
+    content = {"char_cnn": {"max_characters_per_token": MAX_CHARS, "n_characters": 262}}
+    for f in fields(Options):
+        *outer, key = f.metadata["place"].split(".")
+        place = functools.reduce(lambda place, part: place.setdefault(part, {}), outer, content)
+        place[key] = getattr(options, f.name)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Character CNN: a word's characters to a context-independent token representation x_k
+# ---------------------------------------------------------------------------------------------------------
+
+BEYOND = 262  # a place after a token's 50 characters, which no filter may reach
+
+
+class MaxOverTime(nn.Cell):
+    """A convolution and its maximum over the positions, m[n, f] = max_t  x[t, n] · kernel[:, f].
+
+    x [positions, words, window], kernel [window, filters] -> m [words, filters].
+    The scores of all positions at once would be by far the largest tensor of the model, so they are made
+    position by position here and made anew in the backward pass instead of being kept.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.matmul_nt, self.matmul_tn = ops.MatMul(False, True), ops.MatMul(True, False)
+
+    def construct(self, x, kernel):
+        x = ops.unstack(x)
+        m = ops.matmul(x[0], kernel)
+        for x_t in x[1:]:
+            m = ops.maximum(m, ops.matmul(x_t, kernel))
+        return m
+
+    def bprop(self, x, kernel, m, dm):
+        dx, dkernel = (), ops.zeros_like(kernel)
+        for x_t in ops.unstack(x):
+            won = ops.select(ops.matmul(x_t, kernel) == m, dm, ops.zeros_like(dm))
+            dm = dm - won  # a tie is won by its first position alone
+            dx += (self.matmul_nt(won, kernel),)
+            dkernel = dkernel + self.matmul_tn(x_t, won)
+        return ops.stack(dx), dkernel
+
+
+class CharEncoder(nn.Cell):
+    """Characters of a word -> embeddings -> CNN, max over time -> highway layers -> projection."""
+
+    def __init__(self, options, rng):
+        super().__init__()
+        o, n = options, sum(number for _, number in options.filters)
+        uniform = lambda limit, *shape: rng.uniform(-limit, limit, shape)
+        normal = lambda fan_in, *shape: rng.normal(0, math.sqrt(1 / fan_in), shape)
+        self.filters, self.relu = o.filters, o.activation == "relu"
+        self.width = max(width for width, _ in o.filters)
+        self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))
+        self.W_cnn = parameters("CNN/W_cnn_{}", [
+            uniform(0.05, 1, w, o.char_dim, k) if self.relu else normal(w * o.char_dim, 1, w, o.char_dim, k)
+            for w, k in o.filters])
+        self.b_cnn = parameters("CNN/b_cnn_{}", [np.zeros(k) for _, k in o.filters])
+        highways = range(o.n_highway)
+        self.W_carry = parameters("CNN_high_{}/W_carry", [normal(n, n, n) for _ in highways])
+        self.b_carry = parameters("CNN_high_{}/b_carry", [np.full(n, -2.0) for _ in highways])
+        self.W_transform = parameters("CNN_high_{}/W_transform", [normal(n, n, n) for _ in highways])
+        self.b_transform = parameters("CNN_high_{}/b_transform", [np.zeros(n) for _ in highways])
+        self.projection = ms.ParameterTuple([parameter("CNN_proj/W_proj", normal(n, n, o.projection)),
+                                             parameter("CNN_proj/b_proj", np.zeros(o.projection))])
+        self.max_over_time = MaxOverTime()
+
+    def construct(self, chars):
+        """chars int32 [words, 50] (see data.char_ids) -> [words, projection].
+
+        Words of at most s ids may come as [words, s + filter width]: every further window of theirs would
+        hold padding only, as the last one left does, so that the maximum is the same.
+        """
+        x = self.convolve(chars)
+        for W_c, b_c, W_t, b_t in zip(self.W_carry, self.b_carry, self.W_transform, self.b_transform):
+            g = ops.sigmoid(ops.matmul(x, W_c) + b_c)
+            x = g * ops.relu(ops.matmul(x, W_t) + b_t) + (1 - g) * x  # [words, filters]
+        W, b = self.projection
+        return ops.matmul(x, W) + b  # [words, projection]
+
+    def convolve(self, chars):
+        """All filters as one product: each is as wide as the widest, its further rows being zero."""
+        if chars.shape[1] == MAX_CHARS:
+            chars = ops.pad(chars, (0, self.width - 1), value=BEYOND)
+        positions = chars.shape[1] - self.width + 1
+        # Row 0 of the table is a masked character, all zero; the last column marks the places beyond the token.
+        zero = ops.zeros((1, self.char_embed.shape[1]), ms.float32)
+        marks = Tensor(np.eye(1, BEYOND + 1, BEYOND, dtype=np.float32).T)
+        table = ops.concat((ops.concat((zero, self.char_embed, zero)), marks), 1)
+        x = ops.gather(table, chars.T, 0)  # [chars, words, char_dim + 1]
+        windows = ops.concat([x[k:k + positions] for k in range(self.width)], -1)  # [positions, words, window]
+        kernel = ()
+        for (width, number), W in zip(self.filters, self.W_cnn):
+            out_of_reach = ops.full((width, 1, number), -1e4, dtype=ms.float32)
+            unused = ops.zeros((self.width - width, W.shape[2] + 1, number), ms.float32)
+            kernel += (ops.concat((ops.concat((W[0], out_of_reach), 1), unused)).reshape(-1, number),)
+        m = self.max_over_time(windows, ops.concat(kernel, 1)) + ops.concat(list(self.b_cnn))
+        return ops.relu(m) if self.relu else ops.tanh(m)  # [words, filters]
+
+
+def parameter(name, array):
+    return Parameter(Tensor(np.asarray(array, np.float32)), name=name)
+
+
+def parameters(names, arrays):
+    return ms.ParameterTuple([parameter(names.format(k), array) for k, array in enumerate(arrays)])
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. LSTM with projection
+# ---------------------------------------------------------------------------------------------------------
+
+
+class ProjectedLSTM(nn.Cell):
+    """One direction of one layer over a window of time steps.
+
+        i, j, f, o = [x_t, h] · kernel + bias        (input gate, candidate, forget gate, output gate)
+        c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
+        h = clip((sigmoid(o) · tanh(c)) · projection)
+
+    x [time, batch, input], h [batch, projection], c [batch, dim], kernel [input + projection, 4 dim],
+    bias [4 dim], projection [dim, projection] -> h of every step [time, batch, projection], c of every step
+    (a tuple of [batch, dim]), and what the backward pass needs. Gradients do not go back beyond the window.
+    Its own backward pass forms the gradient of each weight as one product over all steps.
+    """
+
+    def __init__(self, cell_clip, proj_clip):
+        super().__init__()
+        self.cell_clip, self.proj_clip = cell_clip, proj_clip
+        self.matmul_nt, self.matmul_tn = ops.MatMul(False, True), ops.MatMul(True, False)
+
+    def construct(self, x, h, c, kernel, bias, projection):
+        time, batch, size = x.shape
+        W_x, W_h = kernel[:size], kernel[size:]
+        from_input = ops.unstack((ops.matmul(x.reshape(-1, size), W_x) + bias).reshape(time, batch, -1))
+        hs, cs, gates = (), (), ()
+        for z in from_input:
+            i, j, f, o = ops.split(z + ops.matmul(h, W_h), c.shape[1], 1)  # [batch, dim] each
+            i, j, f, o = ops.sigmoid(i), ops.tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
+            c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
+            u = ops.tanh(c)
+            m = o * u
+            h = ops.clamp(ops.matmul(m, projection), -self.proj_clip, self.proj_clip)
+            hs, cs, gates = hs + (h,), cs + (c,), gates + ((i, j, f, o, u, m),)
+        return ops.stack(hs), hs, cs, gates
+
+    def bprop(self, x, h, c, kernel, bias, projection, out, dout):
+        time, batch, size = x.shape
+        W_x, W_h = kernel[:size], kernel[size:]
+        _, hs, cs, gates = out
+        dhs, dh, dc = ops.unstack(dout[0]), ops.zeros_like(h), ops.zeros_like(c)
+        dzs, dps = (), ()
+        for t in range(time - 1, -1, -1):
+            i, j, f, o, u, m = gates[t]
+            before = cs[t - 1] if t else c
+            dh = dhs[t] + dh
+            dp = ops.select(ops.abs(hs[t]) < self.proj_clip, dh, ops.zeros_like(dh))
+            dm = self.matmul_nt(dp, projection)
+            dc = dc + dm * o * (1 - u * u)
+            dc = ops.select(ops.abs(cs[t]) < self.cell_clip, dc, ops.zeros_like(dc))
+            dz = ops.concat((dc * j * i * (1 - i), dc * i * (1 - j * j), dc * before * f * (1 - f),
+                             dm * u * o * (1 - o)), 1)  # [batch, 4 dim]
+            dc, dh = dc * f, self.matmul_nt(dz, W_h)
+            dzs, dps = (dz,) + dzs, (dp,) + dps
+        dz = ops.concat(dzs)  # [time · batch, 4 dim]
+        x_and_h = ops.concat((x.reshape(-1, size), ops.concat((h,) + hs[:-1])), 1)
+        ms_ = ops.concat([gate[5] for gate in gates])
+        return (self.matmul_nt(dz, W_x).reshape(x.shape), ops.zeros_like(h), ops.zeros_like(c),
+                self.matmul_tn(x_and_h, dz), dz.sum(0), self.matmul_tn(ms_, ops.concat(dps)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. Bidirectional language model
+# ---------------------------------------------------------------------------------------------------------
+
+
+class BiLM(nn.Cell):
+    """The character encoder, shared by both directions, and L layers of LSTMs for each (section 3.1).
+
+    options: an `Options`, or the path of a published options file; weight_file: published weights (.hdf5), or
+    None for the initial values of training, drawn from `seed`. Stateless: each call begins afresh.
+    """
+
+    def __init__(self, options, weight_file=None, seed=0):
+        super().__init__()
+        self.options = o = options if isinstance(options, Options) else read_options(options)
+        rng = np.random.default_rng(seed)
+        self.encoder = CharEncoder(o, rng)
+        glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
+        weights = []  # kernel, bias and projection of layer 0 forward, layer 0 backward, layer 1 forward, ...
+        for layer, direction in itertools.product(range(o.n_layers), range(2)):
+            cell = f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
+            weights += [parameter(cell + "W_0", glorot(2 * o.projection, 4 * o.dim)),
+                        parameter(cell + "B", np.zeros(4 * o.dim)),
+                        parameter(cell + "W_P_0", glorot(o.dim, o.projection))]
+        self.weights = ms.ParameterTuple(weights)
+        self.lstm = ProjectedLSTM(o.cell_clip, o.proj_clip)
+        if weight_file is not None:
+            load_weights(weight_file, self)
+
+    def construct(self, ids, state=None):
+        """ids int32 [batch, tokens, 50] from `data.batch_to_ids` -> (layers, mask, state).
+
+        layers: h_0 ... h_L of equation 1, each [batch, tokens, 2 · projection], forward beside backward; h_0 is the
+        token representation twice. mask: bool [batch, tokens], where there is a token. state [2, layers, batch,
+        projection + dim]: the LSTMs' after each sentence's end; give it to the next call only if the next
+        sentences are to be read as going on from these. <S> and </S> are added, and left out of the result.
+        """
+        o = self.options
+        batch, tokens, _ = ids.shape
+        mask = (ids > 0).any(-1)  # [batch, tokens]
+        lengths = mask.astype(ms.int32).sum(1).astype(ms.int32) + 2
+        begin, end = (Tensor(char_ids(word)).reshape(1, 1, -1) for word in SPECIAL[:2])
+        ids = ops.concat((begin.tile((batch, 1, 1)), ids, ops.zeros((batch, 1, MAX_CHARS), ms.int32)), 1)
+        is_end = ops.arange(tokens + 2).reshape(1, -1, 1) == (lengths - 1).reshape(-1, 1, 1)
+        ids = ops.where(is_end, end, ids)
+        x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, tokens + 2, -1)
+        both = ops.stack((x, ops.reverse_sequence(x, lengths, 1, 0))).swapaxes(1, 2)  # [2, time, batch, projection]
+        state = zero_state(o, batch) if state is None else state
+        (forward, backward), state = self.contextualize(both, state, lengths=lengths)
+        layers = [ops.concat((x, x), -1)]
+        for f, b in zip(forward, backward):
+            b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, 1, 0)
+            layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, time, 2 · projection]
+        return [layer[:, 1:-1] * mask[:, :, None].astype(layer.dtype) for layer in layers], mask, state
+
+    def token_representations(self, short, long, words):
+        """Characters of distinct words in two arrays (see data.Slots), int32 [.., chars] each, and numbers of rows of
+        the one on top of the other, int32 [...] -> [..., projection]: a batch's words are encoded once each."""
+        return ops.gather(ops.concat((self.encoder(short), self.encoder(long))), words, 0)
+
+    def contextualize(self, x, state, keep=None, lengths=None):
+        """The LSTM layers over a window of time: x [2, time, batch, projection], direction 1 in its own reading
+        order, state [2, layers, batch, projection + dim] (h beside c), keep (dropout) bool [layers + 1, 2, time,
+        batch, projection] or None -> h_1 ... h_L of each direction, [time, batch, projection], without dropout;
+        the state after the last step, or after each row's length.
+        """
+        o, outputs, states = self.options, [], []
+        for direction in range(2):
+            y, layers = x[direction], []
+            for layer in range(o.n_layers):
+                x_l = y if keep is None else drop(y, keep[layer, direction], o.dropout)
+                h, c = ops.split(state[direction, layer], [o.projection, o.dim], 1)
+                first = 3 * (2 * layer + direction)
+                y, hs, cs, _ = self.lstm(x_l, h, c, *self.weights[first:first + 3])
+                if layer > 0 and o.use_skip_connections:
+                    y = y + x_l  # "a residual connection from the first to second layer" (section 3.4)
+                layers.append(y)
+                states.append(ops.concat((last(hs, lengths), last(cs, lengths)), 1))
+            outputs.append(layers)
+        return outputs, ops.stack(states).reshape(state.shape)
+
+
+def last(steps, lengths):
+    """Of a tuple of [batch, n], a step each, the last, or that of each row's length, -> [batch, n]."""
+    if lengths is None:
+        return steps[-1]
+    return ops.gather_d(ops.stack(steps), 0, (lengths - 1).reshape(1, -1, 1).tile((1, 1, steps[0].shape[1])))[0]
+
+
+def drop(x, keep, rate):
+    return x * (keep.astype(x.dtype) * (1 / (1 - rate)))
+
+# ---------------------------------------------------------------------------------------------------------
+# 5. Softmax, full and sampled
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Softmax(nn.Cell):
+    """The output layer that both directions share: W [words, projection] and b [words]."""
+
+    def __init__(self, words, projection, seed=0):
+        super().__init__()
+        W = np.random.default_rng(seed).standard_normal((words, projection), np.float32)
+        self.W = parameter("softmax/W", W * np.float32(math.sqrt(1 / projection)))
+        self.b = parameter("softmax/b", np.zeros(words))
+
+    def construct(self, y, target):
+        """-log p(target) under the full softmax: y [n, projection], target int32 [n] -> [n]."""
+        losses = []
+        at_once = max(1, 2 ** 25 // len(self.b))  # positions, so that the logits of a large vocabulary fit in memory
+        for k in range(0, len(y), at_once):
+            logits = ops.matmul(y[k:k + at_once], self.W.T) + self.b  # [positions, words]
+            losses.append(logsumexp(logits) - ops.gather_d(logits, 1, target[k:k + at_once, None])[:, 0])
+        return ops.concat(losses)
+
+
+def logsumexp(x):
+    """log Σ exp over the last axis: x [n, m] -> [n]."""
+    m = ops.stop_gradient(x.max(1, keepdims=True))
+    return ops.log(ops.exp(x - m).sum(1)) + m[:, 0]
+
+
+def sampled_softmax_loss(y, W, b, target, drawn, target_log_q, drawn_log_q, undrawn):
+    """Mean of log(exp t + Σ exp s_k) - t, t the target's logit, s_k those of the drawn negatives (Jean et al., 2015).
+
+    From both the log of the expected count is subtracted. A target that was drawn too must not stand in the sum
+    twice: there it has the very logit t, so it is enough not to add exp t again.
+    y [n, projection], W [rows, projection], b [rows]; target [n] and drawn [N], numbers of rows; undrawn bool [n].
+    """
+    t = (y * W[target]).sum(1) + b[target] - target_log_q  # [n]
+    s = logsumexp(ops.matmul(y, W[drawn].T) + (b[drawn] - drawn_log_q))  # [n]
+    m = ops.stop_gradient(ops.maximum(s, t))
+    return (ops.log(ops.exp(s - m) + undrawn.astype(y.dtype) * ops.exp(t - m)) + m - t).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 6. ELMo: a task-specific combination of the biLM's layers (section 3.2)
+# ---------------------------------------------------------------------------------------------------------
+
+
+class ScalarMix(nn.Cell):
+    """Equation 1: ELMo_k = γ Σ_j s_j h_{k,j}, s = softmax(w).
+
+    w and γ are trained with the task. The paper's regularization of w towards equal s_j is one line of the task's
+    loss: `loss + lam * (mix.scalar_parameters ** 2).sum()` (appendix A.2 uses lam 0.001 to 0.1).
+    """
+
+    def __init__(self, mixture_size, do_layer_norm=False):
+        super().__init__()
+        self.do_layer_norm = do_layer_norm
+        self.scalar_parameters = parameter("scalar_parameters", np.zeros(mixture_size))
+        self.gamma = parameter("gamma", np.ones(1))
+
+    def construct(self, layers):
+        """layers: `mixture_size` tensors of one shape [..., n] -> [..., n]."""
+        s = ops.softmax(self.scalar_parameters, 0)
+        total = 0.0
+        for j, h in enumerate(layers):
+            total = total + s[j] * (layer_norm(h) if self.do_layer_norm else h)
+        return self.gamma * total
+
+
+def layer_norm(h):
+    """"it also helped to apply layer normalization to each biLM layer before weighting": each token by itself."""
+    centered = h - h.mean(-1, keep_dims=True)
+    return centered / ops.sqrt(ops.square(centered).mean(-1, keep_dims=True) + 1e-12)
+
+
+class Elmo(nn.Cell):
+    """ELMo vectors as a layer of a task's network, with the names and the behaviour of AllenNLP's `Elmo`.
+
+    options_file, weight_file: published files; num_output_representations: how many mixes of the layers, each with
+    its own s and γ; dropout: of the vectors while training; requires_grad: train the biLM too; do_layer_norm:
+    normalize the layers before they are mixed. Unlike AllenNLP's it keeps no state between calls.
+    """
+
+    def __init__(self, options_file, weight_file, num_output_representations=1, dropout=0.5, requires_grad=False,
+                 do_layer_norm=False):
+        super().__init__()
+        self.bilm = BiLM(options_file, weight_file)
+        for p in self.bilm.get_parameters():
+            p.requires_grad = requires_grad
+        self.requires_grad = requires_grad
+        mixes = [ScalarMix(self.bilm.options.n_layers + 1, do_layer_norm) for _ in range(num_output_representations)]
+        self.scalar_mixes = nn.CellList(mixes)
+        self.dropout = nn.Dropout(p=dropout)
+
+    def construct(self, ids):
+        """ids int32 [batch, tokens, 50] from `data.batch_to_ids` -> {'elmo_representations': one [batch, tokens,
+        2 · projection] for each mix, 'mask': bool [batch, tokens]}."""
+        layers, mask, _ = self.bilm(ids)
+        if not self.requires_grad:
+            layers = [ops.stop_gradient(layer) for layer in layers]
+        return {"elmo_representations": [self.dropout(mix(layers)) for mix in self.scalar_mixes], "mask": mask}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 7. Published weights
+# ---------------------------------------------------------------------------------------------------------
+
+
+def import_h5py(path):
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(f"{path}: .hdf5 files need h5py; install it with: pip install h5py") from None
+    return h5py
+
+
+def published_name(parameter):
+    """A parameter's name in the published files: its own, less what the cells around it prefix."""
+    return parameter.name.rpartition(".")[2]
+
+
+def load_weights(path, cell, optional=False):
+    """Reads a cell's parameters from a published .hdf5. InputError where one is missing or of another shape;
+    with `optional`, False is returned where all are missing."""
+    h5py = import_h5py(path)
+    parameters = {published_name(p): p for p in cell.get_parameters()}
+    try:
+        with h5py.File(path, "r") as file:
+            if optional and not any(name in file for name in parameters):
+                return False
+            for name, p in parameters.items():
+                if not isinstance(file.get(name), h5py.Dataset):
+                    raise InputError(f"{path}: has no dataset {name}, which these options ask for")
+                if file[name].shape != p.shape or file[name].dtype != np.float32:
+                    raise InputError(f"{path}: {name} is {file[name].dtype} {list(file[name].shape)}, but these options "
+                                     f"ask for float32 {list(p.shape)}")
+            for name, p in parameters.items():
+                p.set_data(Tensor(file[name][...]))
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: {'no such file' if not os.path.exists(path) else 'not a readable HDF5 file'} "
+                         f"({str(error).splitlines()[0]})") from None
+    return True
+
+
+def write_hdf5(path, arrays):
+    """Writes (name, array) pairs as datasets, one by one; under `path` stands the old file or the new one, whole."""
+    h5py = import_h5py(path)
+    with removed_after(path + ".part"):
+        with h5py.File(path + ".part", "w") as file:
+            for name, array in arrays:
+                file.create_dataset(name, data=array)
+        os.replace(path + ".part", path)
+
+
+def export(args):
+    """Writes a run's best weights as an .hdf5 that bilm-tf and AllenNLP read, and its options beside it."""
+    options_file = re.sub(r"(_?weights)?\.(hdf5|h5)$", "", args.weights) + "_options.json"
+    for path in (args.weights, options_file):
+        refuse_existing(path, args.overwrite)
+    bilm, softmax, _ = open_model(args)
+    parameters = [*bilm.get_parameters(), *softmax.get_parameters()]
+    write_hdf5(args.weights, ((published_name(p), p.asnumpy()) for p in parameters))
+    write_options(bilm.options, options_file)
+    print(f"wrote {args.weights} and {options_file}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 8. One training step
+# ---------------------------------------------------------------------------------------------------------
+
+
+def make_step(bilm, accumulators):
+    """The whole training step as one static graph: forward, backward, clipping, Adagrad.
+
+    The rows of the softmax that the batch touches come in and go out as tensors: a graph that both reads and
+    writes the table would copy all of it.
+    """
+    o, weights = bilm.options, ms.ParameterTuple(bilm.trainable_params())
+    adagrad, lr = ops.ApplyAdagrad(), o.learning_rate
+
+    def loss_of(W, b, state, short, long, words, target, drawn, target_log_q, drawn_log_q, undrawn, keep):
+        tokens = bilm.token_representations(short, long, words)  # [2, time, batch, projection]
+        outputs, state = bilm.contextualize(tokens, state, keep if o.dropout else None)
+        loss = 0.0
+        for d in range(2):
+            y = outputs[d][-1].reshape(-1, o.projection)
+            y = drop(y, keep[-1, d].reshape(y.shape), o.dropout) if o.dropout else y
+            loss += sampled_softmax_loss(y, W, b, target[d], drawn[d], target_log_q[d], drawn_log_q[d], undrawn[d]) / 2
+        return loss, state
+
+    gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
+
+    @ms.jit
+    def step(state, W, b, W_sum, b_sum, *batch):
+        (loss, state), ((dW, db), grads) = gradient(W, b, state, *batch)
+        norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in grads + (dW, db)]))
+        scale = o.unroll_steps * o.all_clip_norm_val / ops.maximum(norm, ops.full_like(norm, o.all_clip_norm_val))
+        for w, total, g in zip(weights, accumulators, grads):
+            adagrad(w, total, lr, scale * g)
+        W_sum, b_sum = W_sum + ops.square(scale * dW), b_sum + ops.square(scale * db)
+        W, b = W - lr * scale * dW / ops.sqrt(W_sum), b - lr * scale * db / ops.sqrt(b_sum)
+        return loss, norm, state, W, b, W_sum, b_sum
+
+    return step
+
+
+def sum_of_squares(x):
+    return ops.square(x.reshape(x.shape[0], -1)).sum(1).sum()  # one axis at a time: several are many times slower
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 9. A run and its checkpoints
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """All that a training run consists of: the model, Adagrad's accumulators, and where it stands."""
+
+    def __init__(self, options, words, seed=0):
+        self.options = options
+        self.bilm, self.softmax = BiLM(options, seed=seed), Softmax(words, options.projection, seed)
+        self.accumulators = ms.ParameterTuple([accumulator(p) for p in self.bilm.trainable_params()])
+        self.tables = [self.softmax.W, self.softmax.b, accumulator(self.softmax.W), accumulator(self.softmax.b)]
+        self.lstm_state = zero_state(options, options.batch_size)
+        self.step, self.position, self.best, self.losses = 0, np.zeros(2 + 2 * options.batch_size, np.int64), math.inf, []
+
+    def advance(self, step, rows, batch):
+        """One training step on a batch -> its loss and the norm of its gradient; the step is `make_step`'s graph."""
+        rows = Tensor(rows)
+        touched = [ops.gather(table, rows, 0) for table in self.tables]
+        loss, norm, state, *touched = step(self.lstm_state, *touched, *map(Tensor, batch))
+        loss, norm = float(loss.asnumpy()), float(norm.asnumpy())
+        if not math.isfinite(loss + norm):
+            raise InputError(f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm}; go on from the last "
+                             "checkpoint with --resume and a lower --lr")
+        for table, new in zip(self.tables, touched):
+            ops.scatter_update(table, rows, new)
+        self.step, self.lstm_state = self.step + 1, state
+        self.losses.append(loss)
+
+    def arrays(self):
+        """(name, array) of all that a checkpoint holds; the weights under their published names."""
+        yield from {"run/step": self.step, "run/position": self.position, "run/best": self.best,
+                    "run/losses": self.losses, "run/lstm_state": self.lstm_state.asnumpy()}.items()
+        for p in self.parameters():
+            yield published_name(p), p.asnumpy()
+
+    def parameters(self):
+        return [*self.bilm.get_parameters(), *self.accumulators, *self.tables]
+
+    def load(self, path):
+        """Takes over what `arrays` wrote."""
+        arrays = load_npz(path, self.parameters())
+        self.step, self.best, self.position = int(arrays["run/step"]), float(arrays["run/best"]), arrays["run/position"]
+        self.losses, self.lstm_state = list(arrays["run/losses"]), Tensor(arrays["run/lstm_state"])
+
+
+def load_npz(path, parameters):
+    """Reads parameters from a checkpoint -> the arrays about the run. InputError where it is of no use."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for p in parameters:
+                p.set_data(Tensor(arrays[published_name(p)].reshape(p.shape)))
+            return {name: arrays[name] for name in arrays.files if name.startswith("run/")}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; train with --out {os.path.dirname(path)} first") from None
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: damaged, or not a checkpoint of this model ({error})") from None
+
+
+def accumulator(p):
+    return Parameter(ops.ones_like(p), name="adagrad/" + published_name(p), requires_grad=False)
+
+
+def zero_state(options, batch):
+    return ops.zeros((2, options.n_layers, batch, options.projection + options.dim), ms.float32)
+
+
+def write_npz(path, arrays):
+    """Writes (name, array) pairs one by one; under `path` stands the old file or the new one, whole."""
+    draft = path + ".part"
+    with removed_after(draft):
+        with open(draft, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, array in arrays:
+                    with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def removed_after(draft):
+    """Whatever happens, no half-written file is left behind."""
+    try:
+        yield
+    finally:
+        if os.path.exists(draft):
+            os.remove(draft)
+
+
+def save(run, folder, is_best):
+    """Writes step-N.npz, keeps the last two of these, and under best.npz the best."""
+    path = os.path.join(folder, f"step-{run.step}.npz")
+    write_npz(path, run.arrays())
+    if is_best:  # the same file under a second name
+        best = os.path.join(folder, "best.npz")
+        with removed_after(best + ".part"):
+            os.link(path, best + ".part")
+            os.replace(best + ".part", best)
+    for old in checkpoints(folder)[:-2]:
+        os.remove(old)
+
+
+def checkpoints(folder):
+    """The paths of a run's checkpoints, oldest first."""
+    found = [re.fullmatch(r"step-(\d+)\.npz", name) for name in os.listdir(folder)]
+    return [os.path.join(folder, match[0]) for match in sorted(filter(None, found), key=lambda match: int(match[1]))]
+
+
+def open_model(args, with_softmax=True):
+    """The model of --options and --weights, or the best of the training run in --out -> its `BiLM`, `Softmax` and
+    `Vocabulary` (the last two None where they are not asked for)."""
+    if args.weights and args.command != "export":
+        options, vocabulary = args.options, args.vocab
+    elif os.path.isdir(args.out):
+        options, vocabulary = (os.path.join(args.out, name) for name in ("options.json", "vocab"))
+    else:
+        raise InputError(f"{args.out}: no such folder; train with --out {args.out} first")
+    bilm = BiLM(read_options(options))
+    vocabulary = Vocabulary(vocabulary) if with_softmax else None
+    softmax = Softmax(len(vocabulary), bilm.options.projection) if with_softmax else None
+    cells = [bilm, softmax] if with_softmax else [bilm]
+    if options == args.options:
+        for cell in cells:
+            load_weights(args.weights, cell)
+    else:
+        load_npz(os.path.join(args.out, "best.npz"), [p for cell in cells for p in cell.get_parameters()])
+    return bilm, softmax, vocabulary
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 10. Train, test, embed
+# ---------------------------------------------------------------------------------------------------------
+
+
+def train(args):
+    """Trains a biLM (section 3.4 and bilm-tf's training): the loss printed is the sampled one, which flatters;
+    the held-out perplexities at the end of each epoch are those of the full softmax."""
+    options, vocabulary, corpus, heldout = training_inputs(args)
+    window = options.batch_size * options.unroll_steps
+    predictions = corpus.tokens + corpus.sentences  # a sentence of n tokens has n + 1 in each direction
+    epoch_ends = [epoch * predictions // window for epoch in range(1, options.n_epochs + 1)]
+    end = min(epoch_ends[-1], args.steps or epoch_ends[-1])
+    run = Run(options, len(vocabulary), args.seed)
+    log = Log(args, run)
+    print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {len(vocabulary):,} words; "
+          f"{sum(p.size for p in run.bilm.get_parameters()):,} parameters, {run.softmax.W.size + run.softmax.b.size:,} of "
+          f"the softmax; {end:,} steps of {window:,} tokens; compiling the training step", flush=True)
+    if args.weights:
+        load_weights(args.weights, run.bilm)
+        if not load_weights(args.weights, run.softmax, optional=True):
+            print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
+        if heldout:
+            print(f"before training: held-out {perplexities(run.bilm, run.softmax, heldout)}", flush=True)
+
+    step = make_step(run.bilm, run.accumulators)
+    slots = Slots.measure(Rows(corpus, options, args.seed), options)
+    batches = training_batches(corpus, slots, len(vocabulary), options, args.seed, run.step, run.position)
+    for rows, batch, run.position in ahead(batches):
+        run.advance(step, rows, batch)
+        log.tick()
+        epoch = bisect.bisect_left(epoch_ends, run.step) + 1
+        epoch_is_over = run.step == end or run.step in epoch_ends
+        if run.step % args.log_every == 0 or epoch_is_over:
+            scores = perplexities(run.bilm, run.softmax, heldout) if heldout and epoch_is_over else None
+            log.line(epoch, end, scores)
+        if epoch_is_over or args.save_every and run.step % args.save_every == 0:
+            is_best = epoch_is_over and (scores is None or scores.average < run.best)
+            run.best = scores.average if is_best and scores else run.best
+            save(run, args.out, is_best)
+        if run.step == end:
+            return
+
+
+def training_inputs(args):
+    """Reads and checks what training needs -> options, vocabulary, corpus, held-out corpus (or None)."""
+    options = read_options(args.options) if args.options else SIZES[args.size]
+    given = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "n_epochs")}
+    options = replace(options, **{name: value for name, value in given.items() if value is not None})
+    vocabulary = Vocabulary(args.vocab)
+    corpus = open_corpus(args.data, vocabulary)
+    heldout = open_corpus(args.heldout, vocabulary) if args.heldout else None
+    needed, words = options.batch_size * options.unroll_steps, len(vocabulary)
+    if corpus.tokens + corpus.sentences < needed:
+        raise InputError(f"{args.data}: {corpus.tokens:,} tokens in {corpus.sentences:,} sentences are less than one batch of "
+                         f"{options.batch_size} × {options.unroll_steps} = {needed:,}; add text or lower --batch-size")
+    if options.sample_softmax and options.n_negative_samples_batch > words:
+        raise InputError(f"{args.vocab}: {words:,} words are fewer than n_negative_samples_batch "
+                         f'{options.n_negative_samples_batch:,}; lower it in the options or set "sample_softmax" false')
+    return options, vocabulary, corpus, heldout
+
+
+def open_corpus(path, vocabulary):
+    corpus = Corpus(path)
+    if corpus.fingerprint != vocabulary.fingerprint:
+        raise InputError(f"{path}: made with another vocabulary; give that one as --vocab, or convert the text again")
+    return corpus
+
+
+class Log:
+    """A training run's output folder and its log: lines on the console, rows in log.csv."""
+    COLUMNS = "step,epoch,loss,tokens_per_second,heldout_forward,heldout_backward,heldout_average"
+
+    def __init__(self, args, run):
+        self.run, self.steps, self.seconds, self.last = run, 0, 0.0, None
+        self.window = run.options.batch_size * run.options.unroll_steps
+        self.path = os.path.join(args.out, "log.csv")
+        if os.path.isdir(args.out) and os.listdir(args.out):
+            raise InputError(f"{args.out}: is not empty; give another --out")
+        os.makedirs(args.out, exist_ok=True)
+        write_options(run.options, os.path.join(args.out, "options.json"))
+        shutil.copyfile(args.vocab, os.path.join(args.out, "vocab"))
+        self.write(self.COLUMNS)
+
+    def write(self, row):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(row + "\n")
+
+    def tick(self):
+        """Counts a step and its time; not the first one, which compiles, nor one after a pause."""
+        now = time.perf_counter()
+        if self.last is not None:
+            self.steps, self.seconds = self.steps + 1, self.seconds + now - self.last
+        self.last = now
+
+    def line(self, epoch, end, scores):
+        """One line on the console and one row in log.csv, with the mean loss since the last."""
+        step, loss = self.run.step, np.mean(self.run.losses)
+        pace = self.seconds / self.steps if self.steps else math.inf  # seconds a step
+        left = f"{math.ceil(pace * (end - step) / 60)} min left" if self.steps else ""
+        speed = self.window / pace
+        print(f"step {step:,} of {end:,}  epoch {epoch}  sampled loss {loss:.4f}  {speed:,.0f} tokens/s  {left}", flush=True)
+        heldout = f"{scores.forward:.4f},{scores.backward:.4f},{scores.average:.4f}" if scores else ",,"
+        self.write(f"{step},{epoch},{loss:.6f},{speed:.0f},{heldout}")
+        if scores:
+            print(f"epoch {epoch}: held-out {scores}", flush=True)
+        self.run.losses, self.steps, self.seconds, self.last = [], 0, 0.0, None
+
+
+class Perplexities(NamedTuple):
+    forward: float
+    backward: float
+    average: float  # exp of the mean loss of both directions
+    predictions: int  # of each direction
+
+    def __str__(self):
+        return (f"perplexity forward {self.forward:.2f} backward {self.backward:.2f} average {self.average:.2f} "
+                f"over {self.predictions} predictions")
+
+
+def perplexities(bilm, softmax, corpus):
+    """The perplexities of held-out text under the full softmax, every prediction counted once."""
+    o, total, count = bilm.options, np.zeros(2), 0
+    slots = Slots.measure(Rows(corpus, o), o)
+
+    @ms.jit
+    def losses(state, short, long, words, target):
+        tokens = bilm.token_representations(short, long, words)
+        outputs, state = bilm.contextualize(tokens, state)
+        losses = [softmax(y[-1].reshape(-1, o.projection), target[d].reshape(-1)) for d, y in enumerate(outputs)]
+        return ops.stack(losses), state  # [2, time · batch]
+
+    state = zero_state(o, o.batch_size)
+    for words, place, target, real in ahead(Rows(corpus, o)):
+        loss, state = losses(state, *map(Tensor, slots.fill(words, place)), Tensor(target))
+        total += loss.asnumpy().astype(np.float64)[:, real.reshape(-1)].sum(1)
+        count += int(real.sum())
+    return Perplexities(*np.exp(total / count), math.exp(total.sum() / (2 * count)), count)
+
+
+def test(args):
+    """Prints the perplexities of held-out text."""
+    bilm, softmax, vocabulary = open_model(args)
+    print(perplexities(bilm, softmax, open_corpus(args.data, vocabulary)))
+
+
+class Embedder:
+    """The biLM's layers for any sentences: the same sentence always gets the same vectors.
+
+    Sentences of about one length are read side by side, a window at a time; every shape is fixed, so that nothing
+    is compiled twice, and each distinct word is encoded once.
+    """
+    ROWS, TIME = 128, 8  # of a window: short, since sentences leave the rest of their last one empty
+    WORDS = 1 << 17      # so many word representations are kept for the next call
+
+    def __init__(self, bilm):
+        self.options, self.number = bilm.options, {}
+        self.vectors = np.empty((0, bilm.options.projection), np.float32)
+        self.slots = Slots.of_size(512, bilm.options)
+
+        @ms.jit
+        def encode(short, long, words):
+            return bilm.token_representations(short, long, words)
+
+        @ms.jit
+        def read(x, state):
+            outputs, state = bilm.contextualize(x, state)
+            return ops.stack([ops.stack(layers) for layers in outputs]), state  # [2, layers, time, rows, projection]
+
+        self.encode, self.read = encode, read
+
+    def __call__(self, sentences):
+        """Lists of words -> a list of float32 [layers + 1, words, 2 · projection], h_0 ... h_L of equation 1."""
+        layers, size = self.options.n_layers, self.options.projection
+        ids = self.number_words([["<S>", *words, "</S>"] for words in sentences])
+        results = [np.empty((layers + 1, len(n) - 2, 2 * size), np.float32) for n in ids]
+        order = sorted((k for k, words in enumerate(sentences) if words), key=lambda k: len(ids[k]))
+        for first in range(0, len(order), self.ROWS):
+            group, state = order[first:first + self.ROWS], zero_state(self.options, self.ROWS)
+            for start in range(0, len(ids[group[-1]]) - 1, self.TIME):
+                place = np.zeros((2, self.TIME, self.ROWS), np.int64)
+                for r, k in enumerate(group):
+                    for d, n in enumerate((ids[k], ids[k][::-1])):
+                        place[d, :len(n[start:start + self.TIME]), r] = n[start:start + self.TIME]
+                outputs, state = self.read(Tensor(self.vectors[place]), state)
+                outputs = outputs.asnumpy()
+                for r, k in enumerate(group):
+                    n = len(ids[k]) - 2
+                    here = np.arange(max(start, 1), min(start + self.TIME, n + 1))  # without <S> and </S>
+                    results[k][1:, here - 1, :size] = outputs[0, :, :, r][:, here - start]
+                    results[k][1:, n - here, size:] = outputs[1, :, :, r][:, here - start]
+        for n, result in zip(ids, results):
+            result[0] = np.tile(self.vectors[n[1:-1]], 2)
+        return results
+
+    def number_words(self, sentences):
+        """Each sentence's words as rows of `vectors`, int [words]; words not seen before are encoded."""
+        if len(self.number) > self.WORDS:
+            self.number, self.vectors = {}, self.vectors[:0]
+        known = len(self.number)
+        ids = [np.array([self.number.setdefault(word, len(self.number)) for word in words]) for words in sentences]
+        new = list(itertools.islice(self.number, known, None))
+        vectors = [self.vectors]
+        for k in range(0, len(new), 512):
+            some = new[k:k + 512]
+            characters_and_rows = self.slots.fill(some, np.arange(512) % len(some))
+            vectors.append(self.encode(*map(Tensor, characters_and_rows)).asnumpy()[:len(some)])
+        self.vectors = np.concatenate(vectors)
+        return ids
+
+
+def embed(args):
+    """Writes the vectors of a file of sentences, one array for each line: '0', '1', ..."""
+    if not args.input or not args.output or not args.output.endswith((".npz", ".hdf5")):
+        raise InputError("embed needs --input FILE and --output FILE.npz (or .hdf5)")
+    refuse_existing(args.output, args.overwrite)
+    arrays = sentence_vectors(Embedder(open_model(args, with_softmax=False)[0]), args.input)
+    if args.output.endswith(".npz"):
+        write_npz(args.output, arrays)
+    else:
+        write_hdf5(args.output, arrays)
+
+
+def sentence_vectors(embedder, path, tokens_at_once=1 << 15):
+    """Yields ('0', vectors of line 0), ... of a file of tokenized sentences, reading so many tokens at a time."""
+    start, count, tokens, block = time.perf_counter(), 0, 0, []
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line in itertools.chain(file, [None]):
+                if line is not None:
+                    block.append(line.split())
+                    tokens += len(block[-1])
+                if block and (line is None or sum(map(len, block)) >= tokens_at_once):
+                    for vectors in embedder(block):
+                        yield str(count), vectors
+                        count += 1
+                    speed = tokens / (time.perf_counter() - start)
+                    print(f"{count:,} sentences, {tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
+                    block = []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 near line {count + len(block) + 1} ({error.reason}); convert it") from None
+    if not count:
+        raise InputError(f"{path}: is empty; give one sentence a line")
+
+
+def refuse_existing(path, overwrite):
+    if os.path.exists(path) and not overwrite:
+        raise InputError(f"{path}: exists; choose another name or say --overwrite")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 11. Command line
+# ---------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv):
+    def fail(message):  # in one line, where argparse prints its usage first
+        raise InputError(f"{message}; see --help")
+
+    def natural(text):
+        if int(text) < 1:
+            raise ValueError
+        return int(text)
+
+    parser = argparse.ArgumentParser(prog="elmo.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
+                                     "Train ELMo's biLM, test it, embed sentences with it, or export its weights.")
+    parser.error = fail
+    option = parser.add_argument
+    option("command", nargs="?", default="train", choices=("train", "test", "embed", "export"))
+    option("--device", "--device_target", default="Ascend", choices=("Ascend", "CPU"), help="where to compute")
+    option("--data", "--data_url", metavar="FILE", help="text that data.py converted (train: train.mindrecord, test: heldout.mindrecord)")
+    option("--heldout", metavar="FILE", help="train: text to test on after each epoch (heldout.mindrecord, if there is one)")
+    option("--vocab", "--vocab_path", metavar="FILE", default="vocab", help="the vocabulary that data.py used")
+    option("--size", choices=SIZES, default="original", help="train: a published model's size, or tiny")
+    option("--options", "--options_path", metavar="FILE", help="options in the published JSON format, instead of --size")
+    option("--out", "--train_url", metavar="DIR", default="model", help="the folder of a training run")
+    option("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=natural, help="train: passes over the text (from the options: 10)")
+    option("--steps", metavar="N", type=natural, help="train: stop after so many steps")
+    option("--lr", dest="learning_rate", metavar="X", type=float, help="train: learning rate (from the options: 0.2)")
+    option("--batch-size", metavar="N", type=natural, help="train: rows of text side by side (from the options: 128)")
+    option("--seed", metavar="N", type=int, default=0, help="train: decides all that is random")
+    option("--log-every", metavar="K", type=natural, default=100, help="train: steps between two lines of the log")
+    option("--save-every", metavar="K", type=natural, help="train: steps between two checkpoints (there is one after each epoch, too)")
+    option("--weights", metavar="FILE", help="published weights, .hdf5; train: start from them, test and embed: use them with "
+                                             "--options instead of --out, export: write them")
+    option("--input", metavar="FILE", help="embed: tokenized sentences, one a line")
+    option("--output", metavar="FILE", help="embed: vectors to write, .npz or .hdf5")
+    option("--overwrite", action="store_true", help="embed, export: replace files that exist")
+    args = parser.parse_args(argv)
+    if args.data is None:
+        args.data = "heldout.mindrecord" if args.command == "test" else "train.mindrecord"
+    if args.heldout is None and os.path.exists("heldout.mindrecord"):
+        args.heldout = "heldout.mindrecord"
+    if args.command in ("test", "embed") and bool(args.weights) != bool(args.options):
+        fail("--weights and --options go together")
+    if args.command == "export" and not args.weights:
+        fail("export needs --weights FILE.hdf5")
+    return args
+
+
+def main(argv=None):
+    """Runs the command line -> the exit status."""
+    try:
+        args = parse_arguments(argv)
+        try:
+            ms.set_device(args.device)
+        except RuntimeError:
+            raise InputError(f"--device {args.device}: there is none on this machine; use --device CPU") from None
+        {"train": train, "test": test, "embed": embed, "export": export}[args.command](args)
+        return 0
+    except (InputError, OSError) as error:
+        place = getattr(error, "filename", None)
+        print(f"elmo.py: error: {f'{place}: {error.strerror}' if place else error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("elmo.py: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
