@@ -69,6 +69,7 @@ class Options:
     all_clip_norm_val: float = option("all_clip_norm_val", 10.0, 1e-9, 1e9)  # of the gradient's global norm
     learning_rate: float = option("learning_rate", 0.2, 1e-9, 1e9)           # of Adagrad
     n_epochs: int = option("n_epochs", 10, 1, 1 << 20)           # "After training for 10 epochs" (section 3.4)
+    n_tokens_vocab: int = option("n_tokens_vocab", 0, 0, 1 << 30)  # the vocabulary file decides; 0: not known
 
 
 SIZES = {"tiny": Options(filters=((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), n_highway=1, dim=256, projection=64,
@@ -156,19 +157,19 @@ class MaxOverTime(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.matmul_nt, self.matmul_tn = ops.MatMul(False, True), ops.MatMul(True, False)
+        self.matmul, self.matmul_nt, self.matmul_tn = products()
 
     def construct(self, x, kernel):
         x = ops.unstack(x)
-        m = ops.matmul(x[0], kernel)
+        m = self.matmul(x[0], kernel)
         for x_t in x[1:]:
-            m = ops.maximum(m, ops.matmul(x_t, kernel))
+            m = ops.maximum(m, self.matmul(x_t, kernel))
         return m
 
     def bprop(self, x, kernel, m, dm):
         dx, dkernel = (), ops.zeros_like(kernel)
         for x_t in ops.unstack(x):
-            won = ops.select(ops.matmul(x_t, kernel) == m, dm, ops.zeros_like(dm))
+            won = ops.select(self.matmul(x_t, kernel) == m, dm, ops.zeros_like(dm))
             dm = dm - won  # a tie is won by its first position alone
             dx += (self.matmul_nt(won, kernel),)
             dkernel = dkernel + self.matmul_tn(x_t, won)
@@ -198,6 +199,7 @@ class CharEncoder(nn.Cell):
         self.projection = ms.ParameterTuple([parameter("CNN_proj/W_proj", normal(n, n, o.projection)),
                                              parameter("CNN_proj/b_proj", np.zeros(o.projection))])
         self.max_over_time = MaxOverTime()
+        self.matmul, self.bias_add = ops.MatMul(), ops.BiasAdd()
 
     def construct(self, chars):
         """chars int32 [words, 50] (see data.char_ids) -> [words, projection].
@@ -207,10 +209,10 @@ class CharEncoder(nn.Cell):
         """
         x = self.convolve(chars)
         for W_c, b_c, W_t, b_t in zip(self.W_carry, self.b_carry, self.W_transform, self.b_transform):
-            g = ops.sigmoid(ops.matmul(x, W_c) + b_c)
-            x = g * ops.relu(ops.matmul(x, W_t) + b_t) + (1 - g) * x  # [words, filters]
+            g = ops.sigmoid(self.bias_add(self.matmul(x, W_c), b_c))
+            x = g * ops.relu(self.bias_add(self.matmul(x, W_t), b_t)) + (1 - g) * x  # [words, filters]
         W, b = self.projection
-        return ops.matmul(x, W) + b  # [words, projection]
+        return self.bias_add(self.matmul(x, W), b)  # [words, projection]
 
     def convolve(self, chars):
         """All filters as one product: each is as wide as the widest, its further rows being zero."""
@@ -230,6 +232,11 @@ class CharEncoder(nn.Cell):
             kernel += (ops.concat((ops.concat((W[0], out_of_reach), 1), unused)).reshape(-1, number),)
         m = self.max_over_time(windows, ops.concat(kernel, 1)) + ops.concat(list(self.b_cnn))
         return ops.relu(m) if self.relu else ops.tanh(m)  # [words, filters]
+
+
+def products():
+    """x · y, x · yᵀ and xᵀ · y; unlike these, the gradient of ops.matmul would write out transposed copies."""
+    return ops.MatMul(), ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
 
 
 def parameter(name, array):
@@ -259,21 +266,21 @@ class ProjectedLSTM(nn.Cell):
 
     def __init__(self, cell_clip, proj_clip):
         super().__init__()
-        self.cell_clip, self.proj_clip = cell_clip, proj_clip
-        self.matmul_nt, self.matmul_tn = ops.MatMul(False, True), ops.MatMul(True, False)
+        self.cell_clip, self.proj_clip, self.bias_add = cell_clip, proj_clip, ops.BiasAdd()
+        self.matmul, self.matmul_nt, self.matmul_tn = products()
 
     def construct(self, x, h, c, kernel, bias, projection):
         time, batch, size = x.shape
         W_x, W_h = kernel[:size], kernel[size:]
-        from_input = ops.unstack((ops.matmul(x.reshape(-1, size), W_x) + bias).reshape(time, batch, -1))
+        from_input = ops.unstack(self.bias_add(self.matmul(x.reshape(-1, size), W_x), bias).reshape(time, batch, -1))
         hs, cs, gates = (), (), ()
         for z in from_input:
-            i, j, f, o = ops.split(z + ops.matmul(h, W_h), c.shape[1], 1)  # [batch, dim] each
+            i, j, f, o = ops.split(z + self.matmul(h, W_h), c.shape[1], 1)  # [batch, dim] each
             i, j, f, o = ops.sigmoid(i), ops.tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
             c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
             u = ops.tanh(c)
             m = o * u
-            h = ops.clamp(ops.matmul(m, projection), -self.proj_clip, self.proj_clip)
+            h = ops.clamp(self.matmul(m, projection), -self.proj_clip, self.proj_clip)
             hs, cs, gates = hs + (h,), cs + (c,), gates + ((i, j, f, o, u, m),)
         return ops.stack(hs), hs, cs, gates
 
@@ -399,6 +406,32 @@ def drop(x, keep, rate):
 # ---------------------------------------------------------------------------------------------------------
 
 
+class LogSumExp(nn.Cell):
+    """log Σ_k exp(y · W_k + b_k): y [n, projection], W [words, projection], b [words] -> [n].
+
+    With its own backward pass, since the logits, [n, words], are large, and adding something to each row or column
+    of them is as slow as the product that makes them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.softmax = ops.Softmax()
+        self.matmul, self.matmul_nt, self.matmul_tn = products()
+
+    def construct(self, y, W, b):
+        x = self.logits(y, W, b)
+        return x.max(1) - ops.log(self.softmax(x).max(1))  # the greatest probability cannot be too small
+
+    def bprop(self, y, W, b, out, dout):
+        p = self.softmax(self.logits(y, W, b))
+        g = dout.reshape(-1, 1)
+        return g * self.matmul(p, W), self.matmul_tn(p, g * y), self.matmul_tn(p, g)[:, 0]
+
+    def logits(self, y, W, b):
+        """The bias is one more column of W."""
+        return self.matmul_nt(ops.concat((y, ops.ones((y.shape[0], 1), y.dtype)), 1), ops.concat((W, b.reshape(-1, 1)), 1))
+
+
 class Softmax(nn.Cell):
     """The output layer that both directions share: W [words, projection] and b [words]."""
 
@@ -407,34 +440,34 @@ class Softmax(nn.Cell):
         W = np.random.default_rng(seed).standard_normal((words, projection), np.float32)
         self.W = parameter("softmax/W", W * np.float32(math.sqrt(1 / projection)))
         self.b = parameter("softmax/b", np.zeros(words))
+        self.logsumexp = LogSumExp()
 
     def construct(self, y, target):
         """-log p(target) under the full softmax: y [n, projection], target int32 [n] -> [n]."""
-        losses = []
         at_once = max(1, 2 ** 25 // len(self.b))  # positions, so that the logits of a large vocabulary fit in memory
-        for k in range(0, len(y), at_once):
-            logits = ops.matmul(y[k:k + at_once], self.W.T) + self.b  # [positions, words]
-            losses.append(logsumexp(logits) - ops.gather_d(logits, 1, target[k:k + at_once, None])[:, 0])
-        return ops.concat(losses)
+        logsumexp = ops.concat([self.logsumexp(y[k:k + at_once], self.W, self.b) for k in range(0, len(y), at_once)])
+        return logsumexp - (y * self.W[target]).sum(1) - self.b[target]
 
 
-def logsumexp(x):
-    """log Σ exp over the last axis: x [n, m] -> [n]."""
-    m = ops.stop_gradient(x.max(1, keepdims=True))
-    return ops.log(ops.exp(x - m).sum(1)) + m[:, 0]
+class SampledSoftmaxLoss(nn.Cell):
+    """Mean over the positions of log(exp t + Σ_k exp s_k) - t, with t the target's logit and s_k those of the drawn
+    negatives (Jean et al., 2015); from both, the log of the class's expected count is subtracted.
 
-
-def sampled_softmax_loss(y, W, b, target, drawn, target_log_q, drawn_log_q, undrawn):
-    """Mean of log(exp t + Σ exp s_k) - t, t the target's logit, s_k those of the drawn negatives (Jean et al., 2015).
-
-    From both the log of the expected count is subtracted. A target that was drawn too must not stand in the sum
-    twice: there it has the very logit t, so it is enough not to add exp t again.
-    y [n, projection], W [rows, projection], b [rows]; target [n] and drawn [N], numbers of rows; undrawn bool [n].
+    A target that was drawn too must not stand in the sum twice ("accidental hit"). There it has the very logit t,
+    so that it is enough not to add exp t again.
     """
-    t = (y * W[target]).sum(1) + b[target] - target_log_q  # [n]
-    s = logsumexp(ops.matmul(y, W[drawn].T) + (b[drawn] - drawn_log_q))  # [n]
-    m = ops.stop_gradient(ops.maximum(s, t))
-    return (ops.log(ops.exp(s - m) + undrawn.astype(y.dtype) * ops.exp(t - m)) + m - t).mean()
+
+    def __init__(self):
+        super().__init__()
+        self.logsumexp = LogSumExp()
+
+    def construct(self, y, W, b, target, drawn, target_log_q, drawn_log_q, undrawn):
+        """y [n, projection], W [rows, projection], b [rows]; target [n] and drawn [N], numbers of rows, and the logs
+        of their expected counts; undrawn bool [n], where the target is not among the drawn -> a scalar."""
+        t = (y * W[target]).sum(1) + b[target] - target_log_q  # [n]
+        s = self.logsumexp(y, W[drawn], b[drawn] - drawn_log_q)  # [n]
+        m = ops.stop_gradient(ops.maximum(s, t))
+        return (ops.log(ops.exp(s - m) + undrawn.astype(y.dtype) * ops.exp(t - m)) + m - t).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -573,7 +606,7 @@ def make_step(bilm, accumulators):
     writes the table would copy all of it.
     """
     o, weights = bilm.options, ms.ParameterTuple(bilm.trainable_params())
-    adagrad, lr = ops.ApplyAdagrad(), o.learning_rate
+    adagrad, lr, softmax_loss = ops.ApplyAdagrad(), o.learning_rate, SampledSoftmaxLoss()
 
     def loss_of(W, b, state, short, long, words, target, drawn, target_log_q, drawn_log_q, undrawn, keep):
         tokens = bilm.token_representations(short, long, words)  # [2, time, batch, projection]
@@ -582,7 +615,7 @@ def make_step(bilm, accumulators):
         for d in range(2):
             y = outputs[d][-1].reshape(-1, o.projection)
             y = drop(y, keep[-1, d].reshape(y.shape), o.dropout) if o.dropout else y
-            loss += sampled_softmax_loss(y, W, b, target[d], drawn[d], target_log_q[d], drawn_log_q[d], undrawn[d]) / 2
+            loss += softmax_loss(y, W, b, target[d], drawn[d], target_log_q[d], drawn_log_q[d], undrawn[d]) / 2
         return loss, state
 
     gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
@@ -796,7 +829,10 @@ def training_inputs(args):
     if options.sample_softmax and options.n_negative_samples_batch > words:
         raise InputError(f"{args.vocab}: {words:,} words are fewer than n_negative_samples_batch "
                          f'{options.n_negative_samples_batch:,}; lower it in the options or set "sample_softmax" false')
-    return options, vocabulary, corpus, heldout
+    if options.n_tokens_vocab not in (0, words):
+        print(f"{args.options}: n_tokens_vocab is {options.n_tokens_vocab:,}, but {args.vocab} has {words:,} words, "
+              "which decides", flush=True)
+    return replace(options, n_tokens_vocab=words), vocabulary, corpus, heldout
 
 
 def open_corpus(path, vocabulary):
@@ -1001,30 +1037,41 @@ def parse_arguments(argv):
             raise ValueError
         return int(text)
 
-    parser = argparse.ArgumentParser(prog="elmo.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
-                                     "Train ELMo's biLM, test it, embed sentences with it, or export its weights.")
+    def positive(text):
+        if not 0 < float(text) < math.inf:
+            raise ValueError
+        return float(text)
+
+    parser = argparse.ArgumentParser(
+        prog="elmo.py", description="Train ELMo's biLM, test it, embed sentences with it, or export its weights.")
     parser.error = fail
     option = parser.add_argument
-    option("command", nargs="?", default="train", choices=("train", "test", "embed", "export"))
-    option("--device", "--device_target", default="Ascend", choices=("Ascend", "CPU"), help="where to compute")
-    option("--data", "--data_url", metavar="FILE", help="text that data.py converted (train: train.mindrecord, test: heldout.mindrecord)")
-    option("--heldout", metavar="FILE", help="train: text to test on after each epoch (heldout.mindrecord, if there is one)")
-    option("--vocab", "--vocab_path", metavar="FILE", default="vocab", help="the vocabulary that data.py used")
-    option("--size", choices=SIZES, default="original", help="train: a published model's size, or tiny")
-    option("--options", "--options_path", metavar="FILE", help="options in the published JSON format, instead of --size")
-    option("--out", "--train_url", metavar="DIR", default="model", help="the folder of a training run")
-    option("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=natural, help="train: passes over the text (from the options: 10)")
-    option("--steps", metavar="N", type=natural, help="train: stop after so many steps")
-    option("--lr", dest="learning_rate", metavar="X", type=float, help="train: learning rate (from the options: 0.2)")
-    option("--batch-size", metavar="N", type=natural, help="train: rows of text side by side (from the options: 128)")
-    option("--seed", metavar="N", type=int, default=0, help="train: decides all that is random")
-    option("--log-every", metavar="K", type=natural, default=100, help="train: steps between two lines of the log")
-    option("--save-every", metavar="K", type=natural, help="train: steps between two checkpoints (there is one after each epoch, too)")
-    option("--weights", metavar="FILE", help="published weights, .hdf5; train: start from them, test and embed: use them with "
-                                             "--options instead of --out, export: write them")
-    option("--input", metavar="FILE", help="embed: tokenized sentences, one a line")
-    option("--output", metavar="FILE", help="embed: vectors to write, .npz or .hdf5")
-    option("--overwrite", action="store_true", help="embed, export: replace files that exist")
+    option("command", nargs="?", default="train", choices=("train", "test", "embed", "export"),
+           help="train (the default); test: perplexity of held-out text; embed: vectors of sentences; export: weights as .hdf5")
+    option("--device", "--device_target", default="Ascend", choices=("Ascend", "CPU"), help="default: %(default)s")
+    option("--out", "--train_url", metavar="DIR", default="model",
+           help="folder of a training run: train writes it, the others read its best model (default: %(default)s)")
+    option("--vocab", "--vocab_path", metavar="FILE", default="vocab", help="the vocabulary that data.py used (default: %(default)s)")
+    option("--options", "--options_path", metavar="FILE", help="options in the published JSON format")
+    option("--weights", metavar="FILE", help="published weights, .hdf5. train: start from them; test, embed: use them, with "
+                                             "--options, instead of --out; export: write them")
+    group = parser.add_argument_group("train, test").add_argument
+    group("--data", "--data_url", metavar="FILE",
+          help="text that data.py converted (default: train.mindrecord to train, heldout.mindrecord to test)")
+    group = parser.add_argument_group("train").add_argument
+    group("--heldout", metavar="FILE", help="text to test on after each epoch (default: heldout.mindrecord, if there is one)")
+    group("--size", choices=SIZES, default="original", help="of the model, where there are no --options (default: %(default)s)")
+    group("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=natural, help="passes over the text (default: as in the options, 10)")
+    group("--steps", metavar="N", type=natural, help="stop after N steps")
+    group("--lr", dest="learning_rate", metavar="X", type=positive, help="learning rate (default: as in the options, 0.2)")
+    group("--batch-size", metavar="N", type=natural, help="rows of text side by side (default: as in the options, 128)")
+    group("--seed", metavar="N", type=natural, default=1, help="decides all that is random (default: %(default)s)")
+    group("--log-every", metavar="K", type=natural, default=100, help="steps from one line of the log to the next (default: %(default)s)")
+    group("--save-every", metavar="K", type=natural, help="steps from one checkpoint to the next (default: one after each epoch)")
+    group = parser.add_argument_group("embed, export").add_argument
+    group("--input", metavar="FILE", help="tokenized sentences, one a line")
+    group("--output", metavar="FILE", help="vectors to write, one array a line: .npz or .hdf5")
+    group("--overwrite", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     if args.data is None:
         args.data = "heldout.mindrecord" if args.command == "test" else "train.mindrecord"
