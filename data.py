@@ -411,7 +411,7 @@ class Rows:
         self.sentences = self.read()
 
     def position(self):
-        """Where the stream stands, int64 [2 + 2 · batch]: epoch, sentences read of it, each row's record and start."""
+        """Where the stream stands, int64 [2 + 2 · batch]: epoch, sentences read, each row's record and start."""
         return np.array([self.epoch, self.next, *(row[0] for row in self.rows), *(row[3] for row in self.rows)])
 
     def read(self):
@@ -490,7 +490,8 @@ class Slots(NamedTuple):
             short, long = (max(int(n.sum()) for n in which) for which in
                            zip(*((length <= chars, length > chars) for length in lengths)))
             return cls(short + short // 16 + 1, chars, widest, long + long // 2 + 16)
-        return min(map(room, range(MAX_CHARS - widest + 1)), key=lambda s: s.short * (s.chars + 1) + s.long * MAX_CHARS)
+        rooms = map(room, range(MAX_CHARS - widest + 1))
+        return min(rooms, key=lambda slots: slots.short * (slots.chars + 1) + slots.long * MAX_CHARS)
 
     def fill(self, words, place):
         """-> characters of the short words, int32 [short, chars + widest], of the others, int32 [long, 50], and
@@ -556,7 +557,8 @@ def make_batch(window, slots, classes, options, rng):
     # The number of rows must not change from step to step: the others get a gradient of zero, which changes nothing.
     size = min(classes, target.size + drawn.size)
     rows = np.concatenate((touched, np.setdiff1d(np.arange(size), touched)[:size - len(touched)]))
-    keep = rng.random((o.n_layers + 1, *place.shape, o.projection), np.float32) >= o.dropout if o.dropout else np.zeros(0, bool)
+    shape = (o.n_layers + 1, *place.shape, o.projection) if o.dropout else 0
+    keep = rng.random(shape, np.float32) >= o.dropout
     return rows.astype(np.int32), Batch(
         *slots.fill(words, place), *(np.searchsorted(touched, k).astype(np.int32) for k in (target, drawn)),
         *(q.astype(np.float32) for q in log_q), np.stack([~np.isin(t, k) for t, k in zip(target, drawn)]), keep)

@@ -63,7 +63,7 @@ class Options:
     # What follows is about training; files of published weights may lack it.
     dropout: float = option("dropout", 0.1, 0.0, 0.99)
     batch_size: int = option("batch_size", 128, 1, 65536)        # rows of text, read side by side
-    unroll_steps: int = option("unroll_steps", 20, 1, 1024)      # tokens of each row in a step; the state is carried on
+    unroll_steps: int = option("unroll_steps", 20, 1, 1024)      # tokens of each row in a step; state goes on
     sample_softmax: bool = option("sample_softmax", True, False, True)  # False: the full softmax
     n_negative_samples_batch: int = option("n_negative_samples_batch", 8192, 1, 1 << 24)
     all_clip_norm_val: float = option("all_clip_norm_val", 10.0, 1e-9, 1e9)  # of the gradient's global norm
@@ -99,9 +99,9 @@ def read_options(path):
                 " or ".join(valid) if f.type is str else f"{valid[0]} to {valid[-1]}"))
     options = Options(**values)
     if not are_filters(options.filters):
-        raise InputError(f"{path}: char_cnn.filters must be a list of [width, number], a width 1 to {MAX_CHARS} characters")
+        raise InputError(f"{path}: char_cnn.filters must be [[width, number], ...], a width 1 to {MAX_CHARS}")
     if options.projection > sum(number for _, number in options.filters):
-        raise InputError(f"{path}: lstm.projection_dim {options.projection} is more than there are filters to project")
+        raise InputError(f"{path}: lstm.projection_dim {options.projection} is more than there are filters")
     for place, known in (("char_cnn.max_characters_per_token", (MAX_CHARS,)), ("char_cnn.n_characters", (261, 262))):
         if look_up(content, place) not in (None, *known):
             raise InputError(f"{path}: {place} must be {known[0]}, as in every published model")
@@ -231,7 +231,11 @@ class CharEncoder(nn.Cell):
             unused = ops.zeros((self.width - width, W.shape[2] + 1, number), ms.float32)
             kernel += (ops.concat((ops.concat((W[0], out_of_reach), 1), unused)).reshape(-1, number),)
         m = self.max_over_time(windows, ops.concat(kernel, 1)) + ops.concat(list(self.b_cnn))
-        return ops.relu(m) if self.relu else ops.tanh(m)  # [words, filters]
+        return ops.relu(m) if self.relu else tanh(m)  # [words, filters]
+
+
+def tanh(x):
+    return 2 * ops.sigmoid(2 * x) - 1  # MindSpore's tanh is off by up to 1e-4 on the CPU, beyond |x| = 4
 
 
 def products():
@@ -276,9 +280,9 @@ class ProjectedLSTM(nn.Cell):
         hs, cs, gates = (), (), ()
         for z in from_input:
             i, j, f, o = ops.split(z + self.matmul(h, W_h), c.shape[1], 1)  # [batch, dim] each
-            i, j, f, o = ops.sigmoid(i), ops.tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
+            i, j, f, o = ops.sigmoid(i), tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
             c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
-            u = ops.tanh(c)
+            u = tanh(c)
             m = o * u
             h = ops.clamp(self.matmul(m, projection), -self.proj_clip, self.proj_clip)
             hs, cs, gates = hs + (h,), cs + (c,), gates + ((i, j, f, o, u, m),)
@@ -335,6 +339,7 @@ class BiLM(nn.Cell):
                         parameter(cell + "W_P_0", glorot(o.dim, o.projection))]
         self.weights = ms.ParameterTuple(weights)
         self.lstm = ProjectedLSTM(o.cell_clip, o.proj_clip)
+        self.begin, self.end = (Tensor(char_ids(word)).reshape(1, 1, -1) for word in SPECIAL[:2])
         if weight_file is not None:
             load_weights(weight_file, self)
 
@@ -348,12 +353,11 @@ class BiLM(nn.Cell):
         """
         o = self.options
         batch, tokens, _ = ids.shape
-        mask = (ids > 0).any(-1)  # [batch, tokens]
-        lengths = mask.astype(ms.int32).sum(1).astype(ms.int32) + 2
-        begin, end = (Tensor(char_ids(word)).reshape(1, 1, -1) for word in SPECIAL[:2])
-        ids = ops.concat((begin.tile((batch, 1, 1)), ids, ops.zeros((batch, 1, MAX_CHARS), ms.int32)), 1)
+        ids = ops.concat((self.begin.tile((batch, 1, 1)), ids, ops.zeros((batch, 1, MAX_CHARS), ms.int32)), 1)
+        filled = (ids > 0).any(-1)  # [batch, tokens + 2]
+        mask, lengths = filled[:, 1:-1], filled.astype(ms.int32).sum(1).astype(ms.int32) + 1
         is_end = ops.arange(tokens + 2).reshape(1, -1, 1) == (lengths - 1).reshape(-1, 1, 1)
-        ids = ops.where(is_end, end, ids)
+        ids = ops.where(is_end, self.end, ids)
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, tokens + 2, -1)
         both = ops.stack((x, ops.reverse_sequence(x, lengths, 1, 0))).swapaxes(1, 2)  # [2, time, batch, projection]
         state = zero_state(o, batch) if state is None else state
@@ -415,12 +419,12 @@ class LogSumExp(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.softmax = ops.Softmax()
+        self.softmax, self.max = ops.Softmax(), ops.ReduceMax()
         self.matmul, self.matmul_nt, self.matmul_tn = products()
 
     def construct(self, y, W, b):
         x = self.logits(y, W, b)
-        return x.max(1) - ops.log(self.softmax(x).max(1))  # the greatest probability cannot be too small
+        return self.max(x, 1) - ops.log(self.max(self.softmax(x), 1))  # the greatest probability cannot be too small
 
     def bprop(self, y, W, b, out, dout):
         p = self.softmax(self.logits(y, W, b))
@@ -429,7 +433,8 @@ class LogSumExp(nn.Cell):
 
     def logits(self, y, W, b):
         """The bias is one more column of W."""
-        return self.matmul_nt(ops.concat((y, ops.ones((y.shape[0], 1), y.dtype)), 1), ops.concat((W, b.reshape(-1, 1)), 1))
+        one = ops.ones((y.shape[0], 1), y.dtype)
+        return self.matmul_nt(ops.concat((y, one), 1), ops.concat((W, b.reshape(-1, 1)), 1))
 
 
 class Softmax(nn.Cell):
@@ -562,8 +567,8 @@ def load_weights(path, cell, optional=False):
                 if not isinstance(file.get(name), h5py.Dataset):
                     raise InputError(f"{path}: has no dataset {name}, which these options ask for")
                 if file[name].shape != p.shape or file[name].dtype != np.float32:
-                    raise InputError(f"{path}: {name} is {file[name].dtype} {list(file[name].shape)}, but these options "
-                                     f"ask for float32 {list(p.shape)}")
+                    raise InputError(f"{path}: {name} is {file[name].dtype} {list(file[name].shape)}, but these "
+                                     f"options ask for float32 {list(p.shape)}")
             for name, p in parameters.items():
                 p.set_data(Tensor(file[name][...]))
     except (OSError, RuntimeError) as error:
@@ -652,7 +657,8 @@ class Run:
         self.accumulators = ms.ParameterTuple([accumulator(p) for p in self.bilm.trainable_params()])
         self.tables = [self.softmax.W, self.softmax.b, accumulator(self.softmax.W), accumulator(self.softmax.b)]
         self.lstm_state = zero_state(options, options.batch_size)
-        self.step, self.position, self.best, self.losses = 0, np.zeros(2 + 2 * options.batch_size, np.int64), math.inf, []
+        self.step, self.best, self.losses = 0, math.inf, []
+        self.position = np.zeros(2 + 2 * options.batch_size, np.int64)  # in the data, see data.Rows
 
     def advance(self, step, rows, batch):
         """One training step on a batch -> its loss and the norm of its gradient; the step is `make_step`'s graph."""
@@ -661,8 +667,8 @@ class Run:
         loss, norm, state, *touched = step(self.lstm_state, *touched, *map(Tensor, batch))
         loss, norm = float(loss.asnumpy()), float(norm.asnumpy())
         if not math.isfinite(loss + norm):
-            raise InputError(f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm}; go on from the last "
-                             "checkpoint with --resume and a lower --lr")
+            raise InputError(f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm}; this step is not "
+                             "saved, earlier checkpoints are good; train with a lower --lr")
         for table, new in zip(self.tables, touched):
             ops.scatter_update(table, rows, new)
         self.step, self.lstm_state = self.step + 1, state
@@ -681,8 +687,8 @@ class Run:
     def load(self, path):
         """Takes over what `arrays` wrote."""
         arrays = load_npz(path, self.parameters())
-        self.step, self.best, self.position = int(arrays["run/step"]), float(arrays["run/best"]), arrays["run/position"]
-        self.losses, self.lstm_state = list(arrays["run/losses"]), Tensor(arrays["run/lstm_state"])
+        self.step, self.best, self.losses = int(arrays["run/step"]), float(arrays["run/best"]), list(arrays["run/losses"])
+        self.position, self.lstm_state = arrays["run/position"], Tensor(arrays["run/lstm_state"])
 
 
 def load_npz(path, parameters):
@@ -784,16 +790,17 @@ def train(args):
     epoch_ends = [epoch * predictions // window for epoch in range(1, options.n_epochs + 1)]
     end = min(epoch_ends[-1], args.steps or epoch_ends[-1])
     run = Run(options, len(vocabulary), args.seed)
+    softmax_is_fresh = args.weights and load_weights(args.weights, run.bilm) and not load_weights(
+        args.weights, run.softmax, optional=True)
     log = Log(args, run)
     print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {len(vocabulary):,} words; "
-          f"{sum(p.size for p in run.bilm.get_parameters()):,} parameters, {run.softmax.W.size + run.softmax.b.size:,} of "
-          f"the softmax; {end:,} steps of {window:,} tokens; compiling the training step", flush=True)
-    if args.weights:
-        load_weights(args.weights, run.bilm)
-        if not load_weights(args.weights, run.softmax, optional=True):
-            print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
-        if heldout:
-            print(f"before training: held-out {perplexities(run.bilm, run.softmax, heldout)}", flush=True)
+          f"{sum(p.size for p in run.bilm.get_parameters()):,} parameters and "
+          f"{run.softmax.W.size + run.softmax.b.size:,} of the softmax; {end:,} steps of {window:,} tokens; "
+          "compiling the training step", flush=True)
+    if softmax_is_fresh:
+        print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
+    if args.weights and heldout:
+        print(f"before training: held-out {perplexities(run.bilm, run.softmax, heldout)}", flush=True)
 
     step = make_step(run.bilm, run.accumulators)
     slots = Slots.measure(Rows(corpus, options, args.seed), options)
@@ -824,11 +831,12 @@ def training_inputs(args):
     heldout = open_corpus(args.heldout, vocabulary) if args.heldout else None
     needed, words = options.batch_size * options.unroll_steps, len(vocabulary)
     if corpus.tokens + corpus.sentences < needed:
-        raise InputError(f"{args.data}: {corpus.tokens:,} tokens in {corpus.sentences:,} sentences are less than one batch of "
-                         f"{options.batch_size} × {options.unroll_steps} = {needed:,}; add text or lower --batch-size")
+        raise InputError(f"{args.data}: {corpus.tokens:,} tokens in {corpus.sentences:,} sentences are less than one "
+                         f"batch of {options.batch_size} × {options.unroll_steps} = {needed:,}; add text, or lower "
+                         "--batch-size")
     if options.sample_softmax and options.n_negative_samples_batch > words:
-        raise InputError(f"{args.vocab}: {words:,} words are fewer than n_negative_samples_batch "
-                         f'{options.n_negative_samples_batch:,}; lower it in the options or set "sample_softmax" false')
+        raise InputError(f"{args.vocab}: {words:,} words are fewer than n_negative_samples_batch, "
+                         f'{options.n_negative_samples_batch:,}; lower it, or set "sample_softmax" to false')
     if options.n_tokens_vocab not in (0, words):
         print(f"{args.options}: n_tokens_vocab is {options.n_tokens_vocab:,}, but {args.vocab} has {words:,} words, "
               "which decides", flush=True)
@@ -874,7 +882,8 @@ class Log:
         pace = self.seconds / self.steps if self.steps else math.inf  # seconds a step
         left = f"{math.ceil(pace * (end - step) / 60)} min left" if self.steps else ""
         speed = self.window / pace
-        print(f"step {step:,} of {end:,}  epoch {epoch}  sampled loss {loss:.4f}  {speed:,.0f} tokens/s  {left}", flush=True)
+        print(f"step {step:,} of {end:,}  epoch {epoch}  sampled loss {loss:.4f}  {speed:,.0f} tokens/s  {left}",
+              flush=True)
         heldout = f"{scores.forward:.4f},{scores.backward:.4f},{scores.average:.4f}" if scores else ",,"
         self.write(f"{step},{epoch},{loss:.6f},{speed:.0f},{heldout}")
         if scores:
@@ -896,21 +905,26 @@ class Perplexities(NamedTuple):
 def perplexities(bilm, softmax, corpus):
     """The perplexities of held-out text under the full softmax, every prediction counted once."""
     o, total, count = bilm.options, np.zeros(2), 0
+    losses, state = make_losses(bilm, softmax), zero_state(o, o.batch_size)
     slots = Slots.measure(Rows(corpus, o), o)
-
-    @ms.jit
-    def losses(state, short, long, words, target):
-        tokens = bilm.token_representations(short, long, words)
-        outputs, state = bilm.contextualize(tokens, state)
-        losses = [softmax(y[-1].reshape(-1, o.projection), target[d].reshape(-1)) for d, y in enumerate(outputs)]
-        return ops.stack(losses), state  # [2, time · batch]
-
-    state = zero_state(o, o.batch_size)
     for words, place, target, real in ahead(Rows(corpus, o)):
         loss, state = losses(state, *map(Tensor, slots.fill(words, place)), Tensor(target))
         total += loss.asnumpy().astype(np.float64)[:, real.reshape(-1)].sum(1)
         count += int(real.sum())
     return Perplexities(*np.exp(total / count), math.exp(total.sum() / (2 * count)), count)
+
+
+@functools.lru_cache(maxsize=1)  # one compilation serves all tests of a run
+def make_losses(bilm, softmax):
+    """A window's -log p of every prediction, [2, time · batch], as one static graph."""
+    @ms.jit
+    def losses(state, short, long, words, target):
+        tokens = bilm.token_representations(short, long, words)
+        outputs, state = bilm.contextualize(tokens, state)
+        losses = [softmax(y[-1].reshape(-1, y[-1].shape[-1]), target[d].reshape(-1)) for d, y in enumerate(outputs)]
+        return ops.stack(losses), state
+
+    return losses
 
 
 def test(args):
@@ -996,24 +1010,24 @@ def embed(args):
         write_hdf5(args.output, arrays)
 
 
-def sentence_vectors(embedder, path, tokens_at_once=1 << 15):
-    """Yields ('0', vectors of line 0), ... of a file of tokenized sentences, reading so many tokens at a time."""
-    start, count, tokens, block = time.perf_counter(), 0, 0, []
+def sentence_vectors(embedder, path, positions_at_once=1 << 15):
+    """Yields ("0", vectors of line 0), ... of a file of tokenized sentences, reading so many positions at a time."""
+    start, count, tokens, block, positions = time.perf_counter(), 0, 0, [], 0
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             for line in itertools.chain(file, [None]):
                 if line is not None:
                     block.append(line.split())
-                    tokens += len(block[-1])
-                if block and (line is None or sum(map(len, block)) >= tokens_at_once):
+                    positions += len(block[-1]) + 2
+                if block and (line is None or positions >= positions_at_once):
                     for vectors in embedder(block):
                         yield str(count), vectors
-                        count += 1
+                        count, tokens = count + 1, tokens + vectors.shape[1]
                     speed = tokens / (time.perf_counter() - start)
-                    print(f"{count:,} sentences, {tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
-                    block = []
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 near line {count + len(block) + 1} ({error.reason}); convert it") from None
+                    print(f"{count:,} sentences, {tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
+                    block, positions = [], 0
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 near line {count + len(block) + 1}; convert it to UTF-8") from None
     if not count:
         raise InputError(f"{path}: is empty; give one sentence a line")
 
@@ -1032,10 +1046,13 @@ def parse_arguments(argv):
     def fail(message):  # in one line, where argparse prints its usage first
         raise InputError(f"{message}; see --help")
 
-    def natural(text):
-        if int(text) < 1:
+    def natural(text, least=1):
+        if int(text) < least:
             raise ValueError
         return int(text)
+
+    def seed(text):
+        return natural(text, 0)
 
     def positive(text):
         if not 0 < float(text) < math.inf:
@@ -1047,31 +1064,41 @@ def parse_arguments(argv):
     parser.error = fail
     option = parser.add_argument
     option("command", nargs="?", default="train", choices=("train", "test", "embed", "export"),
-           help="train (the default); test: perplexity of held-out text; embed: vectors of sentences; export: weights as .hdf5")
+           help="train (the default); test: perplexity of held-out text; embed: vectors of sentences; "
+                "export: a run's weights as .hdf5")
     option("--device", "--device_target", default="Ascend", choices=("Ascend", "CPU"), help="default: %(default)s")
     option("--out", "--train_url", metavar="DIR", default="model",
            help="folder of a training run: train writes it, the others read its best model (default: %(default)s)")
-    option("--vocab", "--vocab_path", metavar="FILE", default="vocab", help="the vocabulary that data.py used (default: %(default)s)")
+    option("--vocab", "--vocab_path", metavar="FILE", default="vocab",
+           help="the vocabulary that data.py used (default: %(default)s)")
     option("--options", "--options_path", metavar="FILE", help="options in the published JSON format")
-    option("--weights", metavar="FILE", help="published weights, .hdf5. train: start from them; test, embed: use them, with "
-                                             "--options, instead of --out; export: write them")
-    group = parser.add_argument_group("train, test").add_argument
-    group("--data", "--data_url", metavar="FILE",
-          help="text that data.py converted (default: train.mindrecord to train, heldout.mindrecord to test)")
-    group = parser.add_argument_group("train").add_argument
-    group("--heldout", metavar="FILE", help="text to test on after each epoch (default: heldout.mindrecord, if there is one)")
-    group("--size", choices=SIZES, default="original", help="of the model, where there are no --options (default: %(default)s)")
-    group("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=natural, help="passes over the text (default: as in the options, 10)")
-    group("--steps", metavar="N", type=natural, help="stop after N steps")
-    group("--lr", dest="learning_rate", metavar="X", type=positive, help="learning rate (default: as in the options, 0.2)")
-    group("--batch-size", metavar="N", type=natural, help="rows of text side by side (default: as in the options, 128)")
-    group("--seed", metavar="N", type=natural, default=1, help="decides all that is random (default: %(default)s)")
-    group("--log-every", metavar="K", type=natural, default=100, help="steps from one line of the log to the next (default: %(default)s)")
-    group("--save-every", metavar="K", type=natural, help="steps from one checkpoint to the next (default: one after each epoch)")
-    group = parser.add_argument_group("embed, export").add_argument
-    group("--input", metavar="FILE", help="tokenized sentences, one a line")
-    group("--output", metavar="FILE", help="vectors to write, one array a line: .npz or .hdf5")
-    group("--overwrite", action="store_true", help="replace files that exist")
+    option("--weights", metavar="FILE",
+           help="published weights, .hdf5. train: start from them; test, embed: use them, with --options, instead of "
+                "--out; export: write them")
+    option = parser.add_argument_group("train, test").add_argument
+    option("--data", "--data_url", metavar="FILE",
+           help="text that data.py converted (default: train.mindrecord to train, heldout.mindrecord to test)")
+    option = parser.add_argument_group("train").add_argument
+    option("--heldout", metavar="FILE",
+           help="text to test on after each epoch (default: heldout.mindrecord, if there is one)")
+    option("--size", choices=SIZES, default="original",
+           help="of the model, where there are no --options (default: %(default)s)")
+    option("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=natural,
+           help="passes over the text (default: as in the options, 10)")
+    option("--steps", metavar="N", type=natural, help="stop after N steps")
+    option("--lr", dest="learning_rate", metavar="X", type=positive,
+           help="learning rate (default: as in the options, 0.2)")
+    option("--batch-size", metavar="N", type=natural,
+           help="rows of text side by side (default: as in the options, 128)")
+    option("--seed", metavar="N", type=seed, default=0, help="decides all that is random (default: %(default)s)")
+    option("--log-every", metavar="K", type=natural, default=100,
+           help="steps from one line of the log to the next (default: %(default)s)")
+    option("--save-every", metavar="K", type=natural,
+           help="steps from one checkpoint to the next (default: one after each epoch)")
+    option = parser.add_argument_group("embed, export").add_argument
+    option("--input", metavar="FILE", help="tokenized sentences, one a line")
+    option("--output", metavar="FILE", help="vectors to write, one array a line: .npz or .hdf5")
+    option("--overwrite", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     if args.data is None:
         args.data = "heldout.mindrecord" if args.command == "test" else "train.mindrecord"
