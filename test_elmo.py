@@ -1883,3 +1883,23 @@ def test_a_missing_h5py_is_told_with_its_remedy(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(data.InputError, match="pip install h5py"):
         elmo.BiLM(options(), files.weights)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# README
+# ---------------------------------------------------------------------------------------------------------
+
+def test_the_programs_of_the_readme_run_as_written(tmp_path):
+    options = elmo.Options(filters=((1, 4), (2, 4)), char_dim=4, n_highway=1, dim=8, projection=4)
+    elmo.write_options(options, str(tmp_path / "options.json"))
+    weights = elmo.BiLM(options).get_parameters()
+    elmo.write_hdf5(str(tmp_path / "weights.hdf5"), ((elmo.published_name(p), p.asnumpy()) for p in weights))
+    here = os.path.dirname(os.path.abspath(__file__))
+    with open(os.path.join(here, "README.md"), encoding="utf-8") as file:
+        programs = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+    assert programs and all(len(program.splitlines()) <= 25 for program in programs)
+    for program in programs:
+        (tmp_path / "program.py").write_text(program, encoding="utf-8")
+        result = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": here},
+                                capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
