@@ -817,6 +817,7 @@ def train(args):
             is_best = epoch_is_over and (scores is None or scores.average < run.best)
             run.best = scores.average if is_best and scores else run.best
             save(run, args.out, is_best)
+        log.go_on()
         if run.step == end:
             return
 
@@ -870,25 +871,26 @@ class Log:
             file.write(row + "\n")
 
     def tick(self):
-        """Counts a step and its time; not the first one, which compiles, nor one after a pause."""
-        now = time.perf_counter()
+        """Counts a step and its time; not the first step, which is compiled meanwhile."""
         if self.last is not None:
-            self.steps, self.seconds = self.steps + 1, self.seconds + now - self.last
-        self.last = now
+            self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - self.last
+
+    def go_on(self):
+        """The next step begins now; what was done since the last, a test perhaps, does not count."""
+        self.last = time.perf_counter()
 
     def line(self, epoch, end, scores):
         """One line on the console and one row in log.csv, with the mean loss since the last."""
-        step, loss = self.run.step, np.mean(self.run.losses)
-        pace = self.seconds / self.steps if self.steps else math.inf  # seconds a step
-        left = f"{math.ceil(pace * (end - step) / 60)} min left" if self.steps else ""
-        speed = self.window / pace
-        print(f"step {step:,} of {end:,}  epoch {epoch}  sampled loss {loss:.4f}  {speed:,.0f} tokens/s  {left}",
-              flush=True)
+        step, loss, speed, left = self.run.step, np.mean(self.run.losses), "", ""
+        if self.steps:
+            speed = f"{self.window * self.steps / self.seconds:.0f}"
+            left = f"{int(speed):,} tokens/s  {math.ceil(self.seconds / self.steps * (end - step) / 60)} min left"
+        print(f"step {step:,} of {end:,}  epoch {epoch}  sampled loss {loss:.4f}  {left}", flush=True)
         heldout = f"{scores.forward:.4f},{scores.backward:.4f},{scores.average:.4f}" if scores else ",,"
-        self.write(f"{step},{epoch},{loss:.6f},{speed:.0f},{heldout}")
+        self.write(f"{step},{epoch},{loss:.6f},{speed},{heldout}")
         if scores:
             print(f"epoch {epoch}: held-out {scores}", flush=True)
-        self.run.losses, self.steps, self.seconds, self.last = [], 0, 0.0, None
+        self.run.losses, self.steps, self.seconds = [], 0, 0.0
 
 
 class Perplexities(NamedTuple):
