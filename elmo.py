@@ -73,7 +73,7 @@ class Options:
 
 
 SIZES = {"tiny": Options(filters=((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), n_highway=1, dim=256, projection=64,
-                         n_negative_samples_batch=1024),
+                         n_negative_samples_batch=1024, learning_rate=0.1),  # 0.2 needs more than its few steps
          "small": Options(n_highway=1, dim=1024, projection=128),
          "medium": Options(n_highway=1, dim=2048, projection=256),
          "original": Options()}
