@@ -7,8 +7,8 @@
 The paper                                        The machinery around it
   1. Options         (supplement)                  7. Published weights
   2. Character CNN   (section 3.1, 3.4)            8. One training step
-  3. LSTM with projection                          9. Checkpoints
-  4. Bidirectional language model (3.1)           10. Train, test, embed, export
+  3. LSTM with projection                          9. A run and its checkpoints
+  4. Bidirectional language model (3.1)           10. Train, test, embed
   5. Sampled softmax                              11. Command line
   6. ELMo: the scalar mix (3.2, equation 1)
 """
@@ -151,8 +151,8 @@ class MaxOverTime(nn.Cell):
     """A convolution and its maximum over the positions, m[n, f] = max_t  x[t, n] · kernel[:, f].
 
     x [positions, words, window], kernel [window, filters] -> m [words, filters].
-    The scores of all positions at once would be by far the largest tensor of the model, so they are made
-    position by position here and made anew in the backward pass instead of being kept.
+    The scores of all positions at once would be by far the largest tensor of the model; position by position, each
+    is small enough for the processor's cache. The backward pass asks for the very same products again.
     """
 
     def __init__(self):
@@ -661,7 +661,7 @@ class Run:
         self.position = np.zeros(2 + 2 * options.batch_size, np.int64)  # in the data, see data.Rows
 
     def advance(self, step, rows, batch):
-        """One training step on a batch -> its loss and the norm of its gradient; the step is `make_step`'s graph."""
+        """One training step on a batch, `step` being `make_step`'s graph. InputError where it is not finite."""
         rows = Tensor(rows)
         touched = [ops.gather(table, rows, 0) for table in self.tables]
         loss, norm, state, *touched = step(self.lstm_state, *touched, *map(Tensor, batch))
