@@ -534,6 +534,7 @@ class Batch(NamedTuple):
     short: np.ndarray         # int32 [short slots, chars + widest filter], see Slots
     long: np.ndarray          # int32 [long slots, 50]
     words: np.ndarray         # int32 [2, time, batch], the row of short and long, stacked, that stands there
+    fresh: np.ndarray         # bool [batch], the LSTM state is set to zero before the window
     target: np.ndarray        # int32 [2, n], number among the R rows
     drawn: np.ndarray         # int32 [2, N], the negatives, numbers among the R rows
     target_log_q: np.ndarray  # float32 [2, n], log expected count
@@ -559,8 +560,11 @@ def make_batch(window, slots, classes, options, rng):
     rows = np.concatenate((touched, np.setdiff1d(np.arange(size), touched)[:size - len(touched)]))
     shape = (o.n_layers + 1, *place.shape, o.projection) if o.dropout else 0
     keep = rng.random(shape, np.float32) >= o.dropout
+    # A state that is carried for ever is one that the model never learns to begin from, as every test and embedding
+    # does. So a row whose window happens to begin with a sentence, about every twentieth, begins afresh.
+    fresh = place[0, 0] == words.index("<S>") if "<S>" in words else np.zeros(place.shape[2], bool)
     return rows.astype(np.int32), Batch(
-        *slots.fill(words, place), *(np.searchsorted(touched, k).astype(np.int32) for k in (target, drawn)),
+        *slots.fill(words, place), fresh, *(np.searchsorted(touched, k).astype(np.int32) for k in (target, drawn)),
         *(q.astype(np.float32) for q in log_q), np.stack([~np.isin(t, k) for t, k in zip(target, drawn)]), keep)
 
 

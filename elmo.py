@@ -613,8 +613,9 @@ def make_step(bilm, accumulators):
     o, weights = bilm.options, ms.ParameterTuple(bilm.trainable_params())
     adagrad, lr, softmax_loss = ops.ApplyAdagrad(), o.learning_rate, SampledSoftmaxLoss()
 
-    def loss_of(W, b, state, short, long, words, target, drawn, target_log_q, drawn_log_q, undrawn, keep):
+    def loss_of(W, b, state, short, long, words, fresh, target, drawn, target_log_q, drawn_log_q, undrawn, keep):
         tokens = bilm.token_representations(short, long, words)  # [2, time, batch, projection]
+        state = state * (1 - fresh.astype(state.dtype)).reshape(-1, 1)
         outputs, state = bilm.contextualize(tokens, state, keep if o.dropout else None)
         loss = 0.0
         for d in range(2):

@@ -1081,11 +1081,12 @@ def test_a_batch_numbers_the_rows_of_the_softmax_that_it_touches(classes, negati
     slots, shapes, drawn_sets = Slots.measure(Rows(corpus, o, 0), o), set(), set()
     windows = Rows(corpus, o, seed=0)
     for rows, batch, _ in itertools.islice(data.training_batches(corpus, slots, classes, o, 0), 10):
-        _, _, target, _ = next(windows)
+        words, place, target, _ = next(windows)
         target = target.reshape(2, -1)
         assert len(set(rows)) == len(rows) == min(classes, 2 * (12 + (negatives if sample else classes)))
         assert rows.min() >= 0 and rows.max() < classes
         assert (rows[batch.target] == target).all()
+        assert (batch.fresh == [words[p] == "<S>" for p in place[0, 0]]).all()
         drawn = rows[batch.drawn]
         for d in (0, 1):
             assert (batch.undrawn[d] == [t not in drawn[d] for t in target[d]]).all()
@@ -1166,6 +1167,7 @@ def trajectory(o, steps, vocabulary):
     both = zip(batches, Rows(corpus, o, seed=0))
     for (rows, batch, _), (words, place, target, _) in itertools.islice(both, steps):
         text, target = np.array(words)[place], target.reshape(2, -1)
+        state = state * (text[0, 0] != "<S>")[:, None]  # a sentence that begins the window is read from zero
         negatives = keep = None
         if o.sample_softmax:
             negatives = [(rows[batch.drawn[d]], batch.target_log_q[d], batch.drawn_log_q[d]) for d in (0, 1)]
