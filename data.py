@@ -463,49 +463,42 @@ def read_both_ways(words, ids):
 
 
 class Slots(NamedTuple):
-    """Room for the distinct words of a batch: `short` of at most `chars` character ids, `long` of any length.
-    `widest` is the width of the widest filter.
+    """Room for the distinct words of a batch: tiers of (number of words, their greatest length in character ids).
 
-    The shapes of a batch must not change from step to step. Most words are short, and the character CNN need not
-    look at their padding. A batch that has more words than fit gets as many long slots as there can be words.
+    The shapes of a batch must not change from step to step, but most words are short, and the character CNN need not
+    look at all their padding. The last tier is of full length; a batch that does not fit gets more room there.
     """
-    short: int
-    chars: int
-    widest: int
-    long: int
+    tiers: tuple
 
     @classmethod
-    def of_size(cls, short, options):
-        """Room for so many English words."""
-        widest = max(width for width, _ in options.filters)
-        return cls(short, min(14, MAX_CHARS - widest), widest, short // 4)
-
-    @classmethod
-    def measure(cls, rows, options):
-        """The room that windows like the next 20 of `rows` need."""
-        widest = max(width for width, _ in options.filters)
-        lengths = [np.array([min(len(w.encode("utf-8", "ignore")), MAX_CHARS - 2) + 2 for w in window[0]])
-                   for window, _ in zip(rows, range(20))]
-        def room(chars):
-            short, long = (max(int(n.sum()) for n in which) for which in
-                           zip(*((length <= chars, length > chars) for length in lengths)))
-            return cls(short + short // 16 + 1, chars, widest, long + long // 2 + 16)
-        rooms = map(room, range(MAX_CHARS - widest + 1))
-        return min(rooms, key=lambda slots: slots.short * (slots.chars + 1) + slots.long * MAX_CHARS)
+    def measure(cls, rows, options, number=4):
+        """The room that windows like the next 20 of `rows` need, in tiers with the least to convolve."""
+        longer = np.zeros(MAX_CHARS + 1, int)  # [k] words of a window, at most, have more than k character ids
+        for words, *_ in itertools.islice(rows, 20):
+            lengths = np.bincount([(cached_char_ids(word) != PADDING + 1).sum() for word in words], minlength=51)
+            longer = np.maximum(longer, lengths[::-1].cumsum()[::-1] - lengths)
+        longer += longer // 20 + 16
+        def tiers(limits):
+            rooms = [(int(longer[k] - longer[limit]), limit) for k, limit in zip((0, *limits), limits)]
+            return [*filter(all, rooms), (int(longer[(0, *limits)[-1]]), MAX_CHARS)]
+        shorter = range(1, MAX_CHARS - max(width for width, _ in options.filters) + 1)
+        choices = itertools.combinations(shorter, min(number - 1, len(shorter)))
+        return cls(tuple(min(map(tiers, choices), key=lambda t: sum(words * (length + 1) for words, length in t))))
 
     def fill(self, words, place):
-        """-> characters of the short words, int32 [short, chars + widest], of the others, int32 [long, 50], and
-        `place` changed to numbers of rows of the two, one on top of the other."""
+        """-> the characters of the words, each in a slot where it fits, int32 [slots, 50], and `place` changed to
+        numbers of slots."""
         chars = np.stack([cached_char_ids(word) for word in words])
-        short = np.flatnonzero((chars != PADDING + 1).sum(1) <= self.chars)[:self.short]
-        others = np.setdiff1d(np.arange(len(words)), short)
-        row = np.empty(len(words), np.int32)
-        row[short], row[others] = np.arange(len(short)), self.short + np.arange(len(others))
-        short_chars = np.zeros((self.short, self.chars + self.widest), np.int32)
-        long_chars = np.zeros((self.long if len(others) <= self.long else place.size, MAX_CHARS), np.int32)
-        short_chars[:len(short)] = chars[short, :short_chars.shape[1]]
-        long_chars[:len(others)] = chars[others]
-        return short_chars, long_chars, row[place]
+        lengths = (chars != PADDING + 1).sum(1)
+        order = np.argsort(lengths, kind="stable")
+        room = np.repeat([length for _, length in self.tiers], [number for number, _ in self.tiers])
+        if len(words) > len(room) or (lengths[order] > room[len(room) - len(words):]).any():
+            room = np.append(room, np.full(place.size, MAX_CHARS))
+        slot = np.empty(len(words), np.int32)
+        slot[order] = np.arange(len(room) - len(words), len(room))  # the longest words at the end
+        filled = np.zeros((len(room), MAX_CHARS), np.int32)
+        filled[slot] = chars
+        return filled, slot[place]
 
 
 cached_char_ids = functools.lru_cache(1 << 16)(char_ids)
@@ -531,9 +524,8 @@ def log_expected_count(k, draws, classes):
 
 class Batch(NamedTuple):
     """What one training step reads. N negatives, R rows of the softmax that the step touches, n = time · batch."""
-    short: np.ndarray         # int32 [short slots, chars + widest filter], see Slots
-    long: np.ndarray          # int32 [long slots, 50]
-    words: np.ndarray         # int32 [2, time, batch], the row of short and long, stacked, that stands there
+    chars: np.ndarray         # int32 [slots, 50], the distinct words, see Slots
+    words: np.ndarray         # int32 [2, time, batch], the slot of the word that stands there
     fresh: np.ndarray         # bool [batch], the LSTM state is set to zero before the window
     target: np.ndarray        # int32 [2, n], number among the R rows
     drawn: np.ndarray         # int32 [2, N], the negatives, numbers among the R rows

@@ -199,39 +199,44 @@ class CharEncoder(nn.Cell):
         self.projection = ms.ParameterTuple([parameter("CNN_proj/W_proj", normal(n, n, o.projection)),
                                              parameter("CNN_proj/b_proj", np.zeros(o.projection))])
         self.max_over_time = MaxOverTime()
-        self.matmul, self.bias_add = ops.MatMul(), ops.BiasAdd()
+        self.matmul = ops.MatMul()
 
-    def construct(self, chars):
-        """chars int32 [words, 50] (see data.char_ids) -> [words, projection].
+    def construct(self, *groups):
+        """Groups of words, int32 [words, 50] each (see data.char_ids) -> [words of all groups, projection].
 
-        Words of at most s ids may come as [words, s + filter width]: every further window of theirs would
-        hold padding only, as the last one left does, so that the maximum is the same.
+        A group of words of at most s ids may come as [words, s + filter width]: every further window of theirs
+        would hold padding only, as the last one left does, so that the maximum is the same.
         """
-        x = self.convolve(chars)
+        kernel = self.kernel()
+        x = ops.concat([self.max_over_time(self.windows(chars), kernel) for chars in groups])
+        x = x + ops.concat(list(self.b_cnn))
+        x = ops.relu(x) if self.relu else tanh(x)  # [words, filters]
         for W_c, b_c, W_t, b_t in zip(self.W_carry, self.b_carry, self.W_transform, self.b_transform):
-            g = ops.sigmoid(self.bias_add(self.matmul(x, W_c), b_c))
-            x = g * ops.relu(self.bias_add(self.matmul(x, W_t), b_t)) + (1 - g) * x  # [words, filters]
+            g = ops.sigmoid(self.matmul(x, W_c) + b_c)
+            x = g * ops.relu(self.matmul(x, W_t) + b_t) + (1 - g) * x  # [words, filters]
         W, b = self.projection
-        return self.bias_add(self.matmul(x, W), b)  # [words, projection]
+        return self.matmul(x, W) + b  # [words, projection]
 
-    def convolve(self, chars):
-        """All filters as one product: each is as wide as the widest, its further rows being zero."""
+    def windows(self, chars):
+        """The embedded characters that the filters see at each position, [positions, words, window]."""
         if chars.shape[1] == MAX_CHARS:
             chars = ops.pad(chars, (0, self.width - 1), value=BEYOND)
-        positions = chars.shape[1] - self.width + 1
+        words, positions = chars.shape[0], chars.shape[1] - self.width + 1
         # Row 0 of the table is a masked character, all zero; the last column marks the places beyond the token.
         zero = ops.zeros((1, self.char_embed.shape[1]), ms.float32)
         marks = Tensor(np.eye(1, BEYOND + 1, BEYOND, dtype=np.float32).T)
-        table = ops.concat((ops.concat((zero, self.char_embed, zero)), marks), 1)
-        x = ops.gather(table, chars.T, 0)  # [chars, words, char_dim + 1]
-        windows = ops.concat([x[k:k + positions] for k in range(self.width)], -1)  # [positions, words, window]
+        table = ops.concat((ops.concat((zero, self.char_embed, zero)), marks), 1)  # [characters, char_dim + 1]
+        chars = ops.stack([chars.T[k:k + positions] for k in range(self.width)], -1)  # [positions, words, width]
+        return ops.gather(table, chars, 0).reshape(positions, words, -1)
+
+    def kernel(self):
+        """All filters side by side, [window, filters]: each as wide as the widest, its further rows being zero."""
         kernel = ()
         for (width, number), W in zip(self.filters, self.W_cnn):
             out_of_reach = ops.full((width, 1, number), -1e4, dtype=ms.float32)
             unused = ops.zeros((self.width - width, W.shape[2] + 1, number), ms.float32)
             kernel += (ops.concat((ops.concat((W[0], out_of_reach), 1), unused)).reshape(-1, number),)
-        m = self.max_over_time(windows, ops.concat(kernel, 1)) + ops.concat(list(self.b_cnn))
-        return ops.relu(m) if self.relu else tanh(m)  # [words, filters]
+        return ops.concat(kernel, 1)
 
 
 def tanh(x):
@@ -368,23 +373,27 @@ class BiLM(nn.Cell):
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, time, 2 · projection]
         return [layer[:, 1:-1] * mask[:, :, None].astype(layer.dtype) for layer in layers], mask, state
 
-    def token_representations(self, short, long, words):
-        """Characters of distinct words in two arrays (see data.Slots), int32 [.., chars] each, and numbers of rows of
-        the one on top of the other, int32 [...] -> [..., projection]: a batch's words are encoded once each."""
-        return ops.gather(ops.concat((self.encoder(short), self.encoder(long))), words, 0)
+    def token_representations(self, chars, words, slots):
+        """The characters of distinct words in `data.Slots`, int32 [slots, 50], and which of them stands where, int32
+        [...] -> [..., projection]: each word of a batch is encoded once."""
+        groups, first = [], 0
+        for number, longest in slots.tiers[:-1]:
+            groups.append(chars[first:first + number, :longest + self.encoder.width])
+            first += number
+        return ops.gather(self.encoder(*groups, chars[first:]), words, 0)
 
     def contextualize(self, x, state, keep=None, lengths=None):
         """The LSTM layers over a window of time: x [2, time, batch, projection], direction 1 in its own reading
-        order, state [2, layers, batch, projection + dim] (h beside c), keep (dropout) bool [layers + 1, 2, time,
+        order, state [2, layers, batch, projection + dim] (h beside c), keep (dropout) [layer][direction] bool [time,
         batch, projection] or None -> h_1 ... h_L of each direction, [time, batch, projection], without dropout;
         the state after the last step, or after each row's length.
         """
         o, outputs, states = self.options, [], []
-        for direction in range(2):
-            y, layers = x[direction], []
-            for layer in range(o.n_layers):
-                x_l = y if keep is None else drop(y, keep[layer, direction], o.dropout)
-                h, c = ops.split(state[direction, layer], [o.projection, o.dim], 1)
+        for direction, (y, state_d) in enumerate(zip(ops.unstack(x), ops.unstack(state))):  # x[0] is slow, unstack not
+            layers = []
+            for layer, state_l in enumerate(ops.unstack(state_d)):
+                x_l = y if keep is None else drop(y, keep[layer][direction], o.dropout)
+                h, c = ops.split(state_l, [o.projection, o.dim], 1)
                 first = 3 * (2 * layer + direction)
                 y, hs, cs, _ = self.lstm(x_l, h, c, *self.weights[first:first + 3])
                 if layer > 0 and o.use_skip_connections:
@@ -419,12 +428,12 @@ class LogSumExp(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.softmax, self.max = ops.Softmax(), ops.ReduceMax()
+        self.softmax, self.log_softmax = ops.Softmax(), ops.LogSoftmax()
         self.matmul, self.matmul_nt, self.matmul_tn = products()
 
     def construct(self, y, W, b):
         x = self.logits(y, W, b)
-        return self.max(x, 1) - ops.log(self.max(self.softmax(x), 1))  # the greatest probability cannot be too small
+        return x[:, 0] - self.log_softmax(x)[:, 0]  # log p_0 = x_0 - log Σ_k exp x_k
 
     def bprop(self, y, W, b, out, dout):
         p = self.softmax(self.logits(y, W, b))
@@ -604,7 +613,7 @@ def export(args):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def make_step(bilm, accumulators):
+def make_step(bilm, accumulators, slots):
     """The whole training step as one static graph: forward, backward, clipping, Adagrad.
 
     The rows of the softmax that the batch touches come in and go out as tensors: a graph that both reads and
@@ -613,15 +622,15 @@ def make_step(bilm, accumulators):
     o, weights = bilm.options, ms.ParameterTuple(bilm.trainable_params())
     adagrad, lr, softmax_loss = ops.ApplyAdagrad(), o.learning_rate, SampledSoftmaxLoss()
 
-    def loss_of(W, b, state, short, long, words, fresh, target, drawn, target_log_q, drawn_log_q, undrawn, keep):
-        tokens = bilm.token_representations(short, long, words)  # [2, time, batch, projection]
+    def loss_of(W, b, state, chars, words, fresh, target, drawn, target_log_q, drawn_log_q, undrawn, keep):
+        tokens = bilm.token_representations(chars, words, slots)  # [2, time, batch, projection]
         state = state * (1 - fresh.astype(state.dtype)).reshape(-1, 1)
-        outputs, state = bilm.contextualize(tokens, state, keep if o.dropout else None)
+        keep = [ops.unstack(k) for k in ops.unstack(keep)] if o.dropout else None
+        outputs, state = bilm.contextualize(tokens, state, keep)
         loss = 0.0
         for d in range(2):
-            y = outputs[d][-1].reshape(-1, o.projection)
-            y = drop(y, keep[-1, d].reshape(y.shape), o.dropout) if o.dropout else y
-            loss += softmax_loss(y, W, b, target[d], drawn[d], target_log_q[d], drawn_log_q[d], undrawn[d]) / 2
+            y = drop(outputs[d][-1], keep[-1][d], o.dropout) if o.dropout else outputs[d][-1]
+            loss += softmax_loss(y.reshape(-1, o.projection), W, b, target[d], drawn[d], target_log_q[d], drawn_log_q[d], undrawn[d]) / 2
         return loss, state
 
     gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
@@ -803,8 +812,8 @@ def train(args):
     if args.weights and heldout:
         print(f"before training: held-out {perplexities(run.bilm, run.softmax, heldout)}", flush=True)
 
-    step = make_step(run.bilm, run.accumulators)
     slots = Slots.measure(Rows(corpus, options, args.seed), options)
+    step = make_step(run.bilm, run.accumulators, slots)
     batches = training_batches(corpus, slots, len(vocabulary), options, args.seed, run.step, run.position)
     for rows, batch, run.position in ahead(batches):
         run.advance(step, rows, batch)
@@ -908,8 +917,8 @@ class Perplexities(NamedTuple):
 def perplexities(bilm, softmax, corpus):
     """The perplexities of held-out text under the full softmax, every prediction counted once."""
     o, total, count = bilm.options, np.zeros(2), 0
-    losses, state = make_losses(bilm, softmax), zero_state(o, o.batch_size)
-    slots = Slots.measure(Rows(corpus, o), o)
+    slots, state = Slots.measure(Rows(corpus, o), o), zero_state(o, o.batch_size)
+    losses = make_losses(bilm, softmax, slots)
     for words, place, target, real in ahead(Rows(corpus, o)):
         loss, state = losses(state, *map(Tensor, slots.fill(words, place)), Tensor(target))
         total += loss.asnumpy().astype(np.float64)[:, real.reshape(-1)].sum(1)
@@ -918,11 +927,11 @@ def perplexities(bilm, softmax, corpus):
 
 
 @functools.lru_cache(maxsize=1)  # one compilation serves all tests of a run
-def make_losses(bilm, softmax):
+def make_losses(bilm, softmax, slots):
     """A window's -log p of every prediction, [2, time · batch], as one static graph."""
     @ms.jit
-    def losses(state, short, long, words, target):
-        tokens = bilm.token_representations(short, long, words)
+    def losses(state, chars, words, target):
+        tokens = bilm.token_representations(chars, words, slots)
         outputs, state = bilm.contextualize(tokens, state)
         losses = [softmax(y[-1].reshape(-1, y[-1].shape[-1]), target[d].reshape(-1)) for d, y in enumerate(outputs)]
         return ops.stack(losses), state
@@ -948,11 +957,11 @@ class Embedder:
     def __init__(self, bilm):
         self.options, self.number = bilm.options, {}
         self.vectors = np.empty((0, bilm.options.projection), np.float32)
-        self.slots = Slots.of_size(512, bilm.options)
+        self.slots = Slots(((384, min(14, MAX_CHARS - bilm.encoder.width)), (128, MAX_CHARS)))
 
         @ms.jit
-        def encode(short, long, words):
-            return bilm.token_representations(short, long, words)
+        def encode(chars, words):
+            return bilm.token_representations(chars, words, self.slots)
 
         @ms.jit
         def read(x, state):
@@ -995,8 +1004,8 @@ class Embedder:
         vectors = [self.vectors]
         for k in range(0, len(new), 512):
             some = new[k:k + 512]
-            characters_and_rows = self.slots.fill(some, np.arange(512) % len(some))
-            vectors.append(self.encode(*map(Tensor, characters_and_rows)).asnumpy()[:len(some)])
+            chars_and_places = self.slots.fill(some, np.arange(512) % len(some))
+            vectors.append(self.encode(*map(Tensor, chars_and_places)).asnumpy()[:len(some)])
         self.vectors = np.concatenate(vectors)
         return ids
 

@@ -555,11 +555,12 @@ def test_short_words_need_not_come_with_all_their_padding(filters):
     full = encoder(Tensor(np.array([char_ids(word) for word in ODD_WORDS]))).asnumpy()
     widest = max(width for width, _ in filters)
     for size in sorted({min(size, 50 - widest) for size in (0, 3, 11, 43)}):
-        slots = Slots(len(ODD_WORDS), size, widest, len(ODD_WORDS))
-        short, long, place = slots.fill(ODD_WORDS, np.arange(len(ODD_WORDS)))
-        assert short.shape == (len(ODD_WORDS), size + widest) and long.shape == (len(ODD_WORDS), 50)
-        both = np.concatenate((encoder(Tensor(short)).asnumpy(), encoder(Tensor(long)).asnumpy()))
-        close(both[place], full, 1e-6)
+        number = sum((char_ids(word) != data.PADDING + 1).sum() <= size for word in ODD_WORDS)
+        slots = Slots(((number, size), (len(ODD_WORDS) - number, 50)))
+        chars, place = slots.fill(ODD_WORDS, np.arange(len(ODD_WORDS)))
+        assert len(chars) == len(ODD_WORDS)
+        groups = [chars[:number, :size + widest]] * bool(number) + [chars[number:]]
+        close(encoder(*map(Tensor, groups)).asnumpy()[place], full, 1e-6)
 
 
 def test_the_gradient_of_the_maximum_goes_to_its_first_position_alone():
@@ -1048,29 +1049,31 @@ def test_the_stream_goes_on_from_any_position_with_the_very_same_batches():
 def test_every_words_characters_come_back_through_place():
     words = ["a", "I", "the", "cats", "tokens", "x" * 10, "y" * 48, "z" * 60, "日本語", "<S>", "</S>"]
     place = np.random.default_rng(0).integers(0, len(words), (2, 4, 3))
-    # enough of both; too few short slots (the others go to long ones); too few long ones; none at all
-    for slots in (Slots(9, 6, 3, 9), Slots(3, 6, 3, 9), Slots(9, 6, 3, 2), Slots(0, 6, 3, 0),
-                  Slots(9, 0, 3, 12)):
-        short, long, row = slots.fill(words, place)
-        assert short.shape == (slots.short, slots.chars + 3) and row.shape == place.shape
-        assert short.dtype == long.dtype == row.dtype == np.int32
-        for p, r in zip(place.ravel(), row.ravel()):
-            chars = char_ids(words[p])
-            if r < slots.short:
-                assert (short[r] == chars[:slots.chars + 3]).all()
-                assert (chars[slots.chars:] == data.PADDING + 1).all()
-            else:
-                assert (long[r - slots.short] == chars).all()
-    assert [Slots(9, 6, 3, long).fill(words, place)[1].shape for long in (9, 2)] == [(9, 50), (24, 50)]
+    lengths = sorted(int((char_ids(word) != data.PADDING + 1).sum()) for word in words)
+    assert lengths == [3, 3, 3, 3, 5, 6, 8, 11, 12, 50, 50]
+    # all fit exactly; much room; one too many of 12; one slot too few; no tiers
+    for tiers, size in ((((4, 3), (3, 8), (4, 50)), 11), (((20, 6), (20, 50)), 40), (((9, 11), (2, 50)), 35),
+                        (((6, 6), (4, 50)), 34), (((11, 50),), 11)):
+        slots = Slots(tiers)
+        chars, slot = slots.fill(words, place)
+        assert chars.shape == (size, 50) and slot.shape == place.shape and chars.dtype == slot.dtype == np.int32
+        assert all((chars[s] == char_ids(words[p])).all() for p, s in zip(place.ravel(), slot.ravel()))
+        first = 0
+        for number, longest in tiers[:-1]:
+            assert np.isin(chars[first:first + number, longest:], (0, data.PADDING + 1)).all()
+            first += number
 
 
 def test_the_slots_have_room_for_the_stream():
     corpus, o = Sentences(some_sentences(200)), options(batch_size=8)
     slots = Slots.measure(Rows(corpus, o, 0), o)
-    assert slots.widest == 3 and 2 < slots.chars <= 47
+    numbers, lengths = zip(*slots.tiers)
+    assert all(numbers) and list(lengths) == sorted(set(lengths)) and lengths[-1] == 50 and lengths[-2] <= 47
     shapes = {tuple(array.shape for array in slots.fill(words, place))
               for words, place, _, _ in itertools.islice(Rows(corpus, o, 0), 100)}
-    assert shapes == {((slots.short, slots.chars + 3), (slots.long, 50), (2, 4, 8))}
+    assert shapes == {((sum(number for number, _ in slots.tiers), 50), (2, 4, 8))}
+    wide = options(filters=((49, 5),), projection=4)
+    assert Slots.measure(Rows(corpus, wide, 0), wide).tiers[-1][1] == 50
 
 
 @pytest.mark.parametrize("classes, negatives, sample", [(12, 6, True), (500, 6, True), (12, 6, False)])
@@ -1158,11 +1161,11 @@ def trajectory(o, steps, vocabulary):
         "the cat sat .", "a dog", "dog dog dog dog dog", "the xy", "cat", "of the a sat")]
     corpus, run = Sentences(sentences, vocabulary), elmo.Run(o, len(vocabulary))
     randomize(run.bilm, 1), randomize(run.softmax, 2)
-    step = elmo.make_step(run.bilm, run.accumulators)
     w = weights(run.bilm, run.softmax)
     squares, state = {name: np.ones(array.shape) for name, array in w.items()}, np.zeros(run.lstm_state.shape)
     letters = {n - 1 for word in itertools.chain(["<S>", "</S>"], *sentences) for n in char_ids(word)}
     slots = Slots.measure(Rows(corpus, o, 0), o)
+    step = elmo.make_step(run.bilm, run.accumulators, slots)
     batches = data.training_batches(corpus, slots, len(vocabulary), o, seed=0)
     both = zip(batches, Rows(corpus, o, seed=0))
     for (rows, batch, _), (words, place, target, _) in itertools.islice(both, steps):
