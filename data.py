@@ -299,7 +299,7 @@ class Writer:
         # Two fields of bytes: MindRecord copies strings and single numbers into its index as well.
         self.file.add_schema({"text": {"type": "bytes"}, "ids": {"type": "bytes"}}, "sentences for ELMo")
         self.waiting, self.waiting_tokens = [], 0             # sentences not yet handed over
-        self.sentences = self.tokens = self.bytes = 0         # totals
+        self.sentences = self.tokens = self.bytes = self.checksum = 0  # totals
         self.counts = np.zeros(len(vocabulary), np.int64)     # of each word
         self.unknown = set()                                  # hashes of the words outside the vocabulary
 
@@ -322,6 +322,7 @@ class Writer:
             end = start + len(sentence)
             records.append({"text": " ".join(sentence).encode(), "ids": ids[start:end].tobytes()})
             self.bytes += sum(map(len, records[-1].values()))
+            self.checksum = zlib.crc32(records[-1]["text"] + b"\n", self.checksum)
             start = end
         self.file.write_raw_data(records)
         self.sentences += len(records)
@@ -338,9 +339,9 @@ class Writer:
             raise RuntimeError("no room for the index")  # over which MindSpore would crash
         self.file.commit()
         with contextlib.closing(sqlite3.connect(self.path + ".db")) as db, db:
-            db.execute("CREATE TABLE elmo (sentences, tokens, bytes, vocabulary_size, fingerprint)")
-            db.execute("INSERT INTO elmo VALUES (?, ?, ?, ?, ?)",
-                       (self.sentences, self.tokens, os.path.getsize(self.path), len(self.vocabulary),
+            db.execute("CREATE TABLE elmo (sentences, tokens, checksum, bytes, vocabulary_size, fingerprint)")
+            db.execute("INSERT INTO elmo VALUES (?, ?, ?, ?, ?, ?)",
+                       (self.sentences, self.tokens, self.checksum, os.path.getsize(self.path), len(self.vocabulary),
                         self.vocabulary.fingerprint))
         self.bytes += os.path.getsize(self.path + ".db")
 
@@ -364,8 +365,8 @@ class Corpus:
                 raise InputError(f"{file}: no such file; data.py writes it")
         try:
             with contextlib.closing(sqlite3.connect(path + ".db")) as db:
-                self.sentences, self.tokens, size, self.vocabulary_size, self.fingerprint = db.execute(
-                    "SELECT sentences, tokens, bytes, vocabulary_size, fingerprint FROM elmo").fetchone()
+                self.sentences, self.tokens, self.checksum, size, self.vocabulary_size, self.fingerprint = db.execute(
+                    "SELECT sentences, tokens, checksum, bytes, vocabulary_size, fingerprint FROM elmo").fetchone()
         except (sqlite3.Error, TypeError):
             raise InputError(f"{path}: not from data.py, or damaged; convert the text with data.py") from None
         if os.path.getsize(path) != size:
@@ -392,15 +393,16 @@ class Corpus:
 # ---- training batches: sentences in rows, their distinct words, and the negatives of the sampled softmax ---------
 
 class Rows:
-    """Sentences packed end to end into `batch_size` rows and cut into windows of `unroll_steps` (an iterator).
+    """Sentences packed end to end into rows, `batch_size` for each worker, and cut into windows of `unroll_steps`
+    (an iterator).
 
     With a seed, the sentences are shuffled anew each epoch, without end; without, they come once, in the corpus'
     order, and the last windows are not full. `position` says where to go on; `position()` tells where we are.
     """
 
-    def __init__(self, corpus, options, seed=None, position=None):
+    def __init__(self, corpus, options, seed=None, position=None, workers=1):
         self.corpus, self.seed = corpus, seed
-        self.batch, self.time = options.batch_size, options.unroll_steps
+        self.batch, self.time = options.batch_size * workers, options.unroll_steps
         position = np.zeros(2 + 2 * self.batch, np.int64) if position is None else position
         self.epoch, self.next = (int(n) for n in position[:2])
         begun, starts = position[2:].reshape(2, -1)
@@ -535,10 +537,16 @@ class Batch(NamedTuple):
     keep: np.ndarray          # bool [layers + 1, 2, time, batch, projection], dropout; [0] where there is none
 
 
-def make_batch(window, slots, classes, options, rng):
-    """One window of `Rows` -> (rows of the softmax that the step touches, int32 [R], and the `Batch`)."""
+def make_batch(window, slots, classes, options, seed, step, worker=0):
+    """One window of `Rows` -> (rows of the softmax that the step touches, int32 [R], and the `Batch`).
+
+    Several workers share the window, each taking its own rows of it, and they share the negatives, as if they were
+    one; so the rows of the softmax that they touch together are known to each.
+    """
     words, place, target, _ = window
-    o, target = options, target.reshape(2, -1)
+    o, mine = options, slice(worker * options.batch_size, (worker + 1) * options.batch_size)
+    rng = np.random.default_rng([seed, step, 1])
+    targets, target = target.reshape(2, -1), target[:, :, mine].reshape(2, -1)
     if o.sample_softmax:
         drawn, draws = zip(*(log_uniform_sample(rng, o.n_negative_samples_batch, classes) for _ in range(2)))
         drawn, draws = np.stack(drawn), np.array(draws)[:, None]
@@ -546,27 +554,31 @@ def make_batch(window, slots, classes, options, rng):
     else:  # the full softmax is the sampled one with every class drawn
         drawn = np.tile(np.arange(classes), (2, 1))
         log_q = [np.zeros(target.shape), np.zeros(drawn.shape)]
-    touched = np.unique(np.concatenate((target.ravel(), drawn.ravel())))
+    touched = np.unique(np.concatenate((targets.ravel(), drawn.ravel())))
     # The number of rows must not change from step to step: the others get a gradient of zero, which changes nothing.
-    size = min(classes, target.size + drawn.size)
+    size = min(classes, targets.size + drawn.size)
     rows = np.concatenate((touched, np.setdiff1d(np.arange(size), touched)[:size - len(touched)]))
-    shape = (o.n_layers + 1, *place.shape, o.projection) if o.dropout else 0
-    keep = rng.random(shape, np.float32) >= o.dropout
+
+    place = place[:, :, mine]
+    here = np.unique(place)
+    place = np.searchsorted(here, place)
+    words = [words[k] for k in here]
     # A state that is carried for ever is one that the model never learns to begin from, as every test and embedding
     # does. So a row whose window happens to begin with a sentence, about every twentieth, begins afresh.
-    fresh = place[0, 0] == words.index("<S>") if "<S>" in words else np.zeros(place.shape[2], bool)
+    fresh = place[0, 0] == words.index("<S>") if "<S>" in words else np.zeros(o.batch_size, bool)
+    shape = (o.n_layers + 1, *place.shape, o.projection) if o.dropout else 0
+    keep = np.random.default_rng([seed, step, 2, worker]).random(shape, np.float32) >= o.dropout
     return rows.astype(np.int32), Batch(
         *slots.fill(words, place), fresh, *(np.searchsorted(touched, k).astype(np.int32) for k in (target, drawn)),
         *(q.astype(np.float32) for q in log_q), np.stack([~np.isin(t, k) for t, k in zip(target, drawn)]), keep)
 
 
-def training_batches(corpus, slots, classes, options, seed, step=0, position=None):
+def training_batches(corpus, slots, classes, options, seed, step=0, position=None, worker=0, workers=1):
     """The endless stream of training batches from `step` on: (rows, `Batch`, the stream's position after it).
-    What is random about a batch depends on the seed and the step alone, so that a run can be resumed."""
-    rows = Rows(corpus, options, seed, position)
+    What is random about a batch depends on the seed, the step and the worker, so that a run can be resumed."""
+    rows = Rows(corpus, options, seed, position, workers)
     for step in itertools.count(step):
-        window = next(rows)
-        yield *make_batch(window, slots, classes, options, np.random.default_rng([seed, step, 1])), rows.position()
+        yield *make_batch(next(rows), slots, classes, options, seed, step, worker), rows.position()
 
 
 def ahead(iterator, number=2):

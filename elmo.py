@@ -13,7 +13,6 @@ The paper                                        The machinery around it
   6. ELMo: the scalar mix (3.2, equation 1)
 """
 import argparse
-import bisect
 import contextlib
 import functools
 import itertools
@@ -21,7 +20,9 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -81,12 +82,7 @@ SIZES = {"tiny": Options(filters=((1, 32), (2, 32), (3, 64), (4, 128), (5, 256))
 
 def read_options(path):
     """The `Options` of a published JSON file; InputError where it cannot be used."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); mend it, or choose a --size") from None
-    values = {}
+    content, values = read_json(path), {}
     for f in fields(Options):
         place, valid = f.metadata["place"], f.metadata["valid"]
         value = look_up(content, place)
@@ -106,6 +102,14 @@ def read_options(path):
         if look_up(content, place) not in (None, *known):
             raise InputError(f"{path}: {place} must be {known[0]}, as in every published model")
     return options
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); mend it, or choose a --size") from None
 
 
 def look_up(content, place):
@@ -129,14 +133,18 @@ def are_filters(value):
         and 1 <= pair[0] <= MAX_CHARS and 1 <= pair[1] <= 65536 for pair in value)
 
 
-def write_options(options, path):
-    """Writes the published JSON format."""
+def as_json(options, **run):
+    """The published JSON format, as nested dictionaries; a run's folder adds what else the run consists of."""
     content = {"char_cnn": {"max_characters_per_token": MAX_CHARS, "n_characters": 262}}
     for f in fields(Options):
         *outer, key = f.metadata["place"].split(".")
         place = functools.reduce(lambda place, part: place.setdefault(part, {}), outer, content)
         place[key] = getattr(options, f.name)
-    with open(path, "w", encoding="utf-8") as file:
+    return json.loads(json.dumps({**content, **({"run": run} if run else {})}))
+
+
+def write_json(path, content):
+    with written(path) as draft, open(draft, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
 
 
@@ -155,9 +163,9 @@ class MaxOverTime(nn.Cell):
     is small enough for the processor's cache. The backward pass asks for the very same products again.
     """
 
-    def __init__(self):
+    def __init__(self, amp=None):
         super().__init__()
-        self.matmul, self.matmul_nt, self.matmul_tn = products()
+        self.matmul, self.matmul_nt, self.matmul_tn = products(amp)
 
     def construct(self, x, kernel):
         x = ops.unstack(x)
@@ -179,7 +187,7 @@ class MaxOverTime(nn.Cell):
 class CharEncoder(nn.Cell):
     """Characters of a word -> embeddings -> CNN, max over time -> highway layers -> projection."""
 
-    def __init__(self, options, rng):
+    def __init__(self, options, rng, amp=None):
         super().__init__()
         o, n = options, sum(number for _, number in options.filters)
         uniform = lambda limit, *shape: rng.uniform(-limit, limit, shape)
@@ -198,8 +206,7 @@ class CharEncoder(nn.Cell):
         self.b_transform = parameters("CNN_high_{}/b_transform", [np.zeros(n) for _ in highways])
         self.projection = ms.ParameterTuple([parameter("CNN_proj/W_proj", normal(n, n, o.projection)),
                                              parameter("CNN_proj/b_proj", np.zeros(o.projection))])
-        self.max_over_time = MaxOverTime()
-        self.matmul = ops.MatMul()
+        self.max_over_time, self.matmul = MaxOverTime(amp), Product(amp)
 
     def construct(self, *groups):
         """Groups of words, int32 [words, 50] each (see data.char_ids) -> [words of all groups, projection].
@@ -243,9 +250,28 @@ def tanh(x):
     return 2 * ops.sigmoid(2 * x) - 1  # MindSpore's tanh is off by up to 1e-4 on the CPU, beyond |x| = 4
 
 
-def products():
-    """x · y, x · yᵀ and xᵀ · y; unlike these, the gradient of ops.matmul would write out transposed copies."""
-    return ops.MatMul(), ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
+class Product(nn.Cell):
+    """x · y, one of them transposed or not. With `amp`, float16 or bfloat16, both are rounded to that type and the
+    result, float32 again, is what such a machine makes of them; the CPU has no product of bfloat16, so that float32
+    multiplies the rounded numbers there. (The gradient of ops.matmul would write out transposed copies.)"""
+
+    def __init__(self, amp=None, transpose_x=False, transpose_y=False):
+        super().__init__()
+        self.matmul, self.amp = ops.MatMul(transpose_x, transpose_y), amp and getattr(ms, amp)
+        self.emulated = amp == "bfloat16" and ms.get_context("device_target") == "CPU"
+
+    def construct(self, x, y):
+        if self.amp is None:
+            return self.matmul(x, y)
+        x, y = x.astype(self.amp), y.astype(self.amp)
+        if self.emulated:
+            x, y = x.astype(ms.float32), y.astype(ms.float32)
+        return self.matmul(x, y).astype(ms.float32)
+
+
+def products(amp=None):
+    """x · y, x · yᵀ and xᵀ · y."""
+    return Product(amp), Product(amp, transpose_y=True), Product(amp, transpose_x=True)
 
 
 def parameter(name, array):
@@ -273,10 +299,10 @@ class ProjectedLSTM(nn.Cell):
     Its own backward pass forms the gradient of each weight as one product over all steps.
     """
 
-    def __init__(self, cell_clip, proj_clip):
+    def __init__(self, cell_clip, proj_clip, amp=None):
         super().__init__()
         self.cell_clip, self.proj_clip, self.bias_add = cell_clip, proj_clip, ops.BiasAdd()
-        self.matmul, self.matmul_nt, self.matmul_tn = products()
+        self.matmul, self.matmul_nt, self.matmul_tn = products(amp)
 
     def construct(self, x, h, c, kernel, bias, projection):
         time, batch, size = x.shape
@@ -327,14 +353,15 @@ class BiLM(nn.Cell):
     """The character encoder, shared by both directions, and L layers of LSTMs for each (section 3.1).
 
     options: an `Options`, or the path of a published options file; weight_file: published weights (.hdf5), or
-    None for the initial values of training, drawn from `seed`. Stateless: each call begins afresh.
+    None for the initial values of training, drawn from `seed`; amp: the type of the matrix products' operands, see
+    `Product`. Stateless: each call begins afresh.
     """
 
-    def __init__(self, options, weight_file=None, seed=0):
+    def __init__(self, options, weight_file=None, seed=0, amp=None):
         super().__init__()
         self.options = o = options if isinstance(options, Options) else read_options(options)
         rng = np.random.default_rng(seed)
-        self.encoder = CharEncoder(o, rng)
+        self.encoder = CharEncoder(o, rng, amp)
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
         weights = []  # kernel, bias and projection of layer 0 forward, layer 0 backward, layer 1 forward, ...
         for layer, direction in itertools.product(range(o.n_layers), range(2)):
@@ -343,7 +370,7 @@ class BiLM(nn.Cell):
                         parameter(cell + "B", np.zeros(4 * o.dim)),
                         parameter(cell + "W_P_0", glorot(o.dim, o.projection))]
         self.weights = ms.ParameterTuple(weights)
-        self.lstm = ProjectedLSTM(o.cell_clip, o.proj_clip)
+        self.lstm = ProjectedLSTM(o.cell_clip, o.proj_clip, amp)
         self.begin, self.end = (Tensor(char_ids(word)).reshape(1, 1, -1) for word in SPECIAL[:2])
         if weight_file is not None:
             load_weights(weight_file, self)
@@ -587,13 +614,11 @@ def load_weights(path, cell, optional=False):
 
 
 def write_hdf5(path, arrays):
-    """Writes (name, array) pairs as datasets, one by one; under `path` stands the old file or the new one, whole."""
+    """Writes (name, array) pairs as datasets, one by one."""
     h5py = import_h5py(path)
-    with removed_after(path + ".part"):
-        with h5py.File(path + ".part", "w") as file:
-            for name, array in arrays:
-                file.create_dataset(name, data=array)
-        os.replace(path + ".part", path)
+    with written(path) as draft, h5py.File(draft, "w") as file:
+        for name, array in arrays:
+            file.create_dataset(name, data=array)
 
 
 def export(args):
@@ -604,7 +629,7 @@ def export(args):
     bilm, softmax, _ = open_model(args)
     parameters = [*bilm.get_parameters(), *softmax.get_parameters()]
     write_hdf5(args.weights, ((published_name(p), p.asnumpy()) for p in parameters))
-    write_options(bilm.options, options_file)
+    write_json(options_file, as_json(bilm.options))
     print(f"wrote {args.weights} and {options_file}")
 
 
@@ -613,11 +638,12 @@ def export(args):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def make_step(bilm, accumulators, slots):
+def make_step(bilm, accumulators, slots, workers=1, loss_scale=1.0):
     """The whole training step as one static graph: forward, backward, clipping, Adagrad.
 
     The rows of the softmax that the batch touches come in and go out as tensors: a graph that both reads and
-    writes the table would copy all of it.
+    writes the table would copy all of it. Of several workers, each gets the mean of all gradients. The loss is
+    multiplied by `loss_scale` and the gradient divided by it, so that what is small does not vanish in float16.
     """
     o, weights = bilm.options, ms.ParameterTuple(bilm.trainable_params())
     adagrad, lr, softmax_loss = ops.ApplyAdagrad(), o.learning_rate, SampledSoftmaxLoss()
@@ -630,15 +656,22 @@ def make_step(bilm, accumulators, slots):
         loss = 0.0
         for d in range(2):
             y = drop(outputs[d][-1], keep[-1][d], o.dropout) if o.dropout else outputs[d][-1]
-            loss += softmax_loss(y.reshape(-1, o.projection), W, b, target[d], drawn[d], target_log_q[d], drawn_log_q[d], undrawn[d]) / 2
-        return loss, state
+            loss = loss + softmax_loss(y.reshape(-1, o.projection), W, b, target[d], drawn[d], target_log_q[d], drawn_log_q[d], undrawn[d]) / 2
+        return loss_scale * loss, state
 
     gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
+    all_reduce = ops.AllReduce() if workers > 1 else None
+
+    def mean(x):
+        x = x / (workers * loss_scale)
+        return all_reduce(x) if workers > 1 else x
 
     @ms.jit
     def step(state, W, b, W_sum, b_sum, *batch):
         (loss, state), ((dW, db), grads) = gradient(W, b, state, *batch)
-        norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in grads + (dW, db)]))
+        if workers * loss_scale != 1:
+            loss, dW, db, grads = mean(loss.reshape(1))[0], mean(dW), mean(db), [mean(g) for g in grads]
+        norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
         scale = o.unroll_steps * o.all_clip_norm_val / ops.maximum(norm, ops.full_like(norm, o.all_clip_norm_val))
         for w, total, g in zip(weights, accumulators, grads):
             adagrad(w, total, lr, scale * g)
@@ -658,17 +691,38 @@ def sum_of_squares(x):
 # ---------------------------------------------------------------------------------------------------------
 
 
+class Workers:
+    """The processes that msrun started together (data parallelism), each with its own rows of every batch, as if they
+    were one device with `size` times the rows. Without msrun, there is one."""
+
+    def __init__(self):
+        self.rank, self.size = 0, 1
+        if "MS_ROLE" in os.environ:  # msrun's
+            from mindspore import communication
+            os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", "86400")  # seconds to wait while worker 0 tests
+            communication.init()
+            self.rank, self.size = communication.get_rank(), communication.get_group_size()
+
+    def gather(self, x):
+        """x of each worker, [size, *x.shape]."""
+        return (ops.AllGather()(x) if self.size > 1 else x).reshape(self.size, *x.shape)
+
+    def any(self, condition):
+        """Whether it holds for any worker."""
+        return bool(self.gather(Tensor([float(bool(condition))])).asnumpy().any()) if self.size > 1 else bool(condition)
+
+
 class Run:
     """All that a training run consists of: the model, Adagrad's accumulators, and where it stands."""
 
-    def __init__(self, options, words, seed=0):
-        self.options = options
-        self.bilm, self.softmax = BiLM(options, seed=seed), Softmax(words, options.projection, seed)
+    def __init__(self, options, words, seed=0, amp=None, workers=None):
+        self.options, self.workers = options, workers or Workers()
+        self.bilm, self.softmax = BiLM(options, seed=seed, amp=amp), Softmax(words, options.projection, seed)
         self.accumulators = ms.ParameterTuple([accumulator(p) for p in self.bilm.trainable_params()])
         self.tables = [self.softmax.W, self.softmax.b, accumulator(self.softmax.W), accumulator(self.softmax.b)]
         self.lstm_state = zero_state(options, options.batch_size)
         self.step, self.best, self.losses = 0, math.inf, []
-        self.position = np.zeros(2 + 2 * options.batch_size, np.int64)  # in the data, see data.Rows
+        self.position = None  # in the data, see data.Rows
 
     def advance(self, step, rows, batch):
         """One training step on a batch, `step` being `make_step`'s graph. InputError where it is not finite."""
@@ -684,21 +738,38 @@ class Run:
         self.step, self.lstm_state = self.step + 1, state
         self.losses.append(loss)
 
-    def arrays(self):
-        """(name, array) of all that a checkpoint holds; the weights under their published names."""
-        yield from {"run/step": self.step, "run/position": self.position, "run/best": self.best,
-                    "run/losses": self.losses, "run/lstm_state": self.lstm_state.asnumpy()}.items()
-        for p in self.parameters():
-            yield published_name(p), p.asnumpy()
-
     def parameters(self):
         return [*self.bilm.get_parameters(), *self.accumulators, *self.tables]
 
-    def load(self, path):
-        """Takes over what `arrays` wrote."""
-        arrays = load_npz(path, self.parameters())
-        self.step, self.best, self.losses = int(arrays["run/step"]), float(arrays["run/best"]), list(arrays["run/losses"])
-        self.position, self.lstm_state = arrays["run/position"], Tensor(arrays["run/lstm_state"])
+    def save(self, folder, is_best):
+        """Writes step-N.npz, keeps the last two of these, and the best as best.npz. Worker 0 does it for all."""
+        states = self.workers.gather(self.lstm_state).asnumpy()
+        if self.workers.rank:
+            return
+        about = {"step": self.step, "position": self.position, "best": self.best, "losses": self.losses,
+                 "lstm_states": states}
+        path = os.path.join(folder, f"step-{self.step}.npz")
+        write_npz(path, itertools.chain((("run/" + name, value) for name, value in about.items()),
+                                        ((published_name(p), p.asnumpy()) for p in self.parameters())))
+        if is_best:
+            with written(os.path.join(folder, "best.npz")) as draft:
+                shutil.copyfile(path, draft)
+        for old in checkpoints(folder)[:-2]:
+            os.remove(old)
+
+    def resume(self, folder):
+        """Takes over the last checkpoint that is whole; where there is none yet, the run begins."""
+        for path in reversed(checkpoints(folder)):
+            try:
+                about = load_npz(path, self.parameters())
+            except InputError as error:
+                print(f"{error}; trying the one before", flush=True)
+                continue
+            self.step, self.best, self.losses = int(about["step"]), float(about["best"]), list(about["losses"])
+            self.position, self.lstm_state = about["position"], Tensor(about["lstm_states"][self.workers.rank])
+            return
+        if checkpoints(folder):
+            raise InputError(f"{folder}: all of its checkpoints are damaged; train into another --out")
 
 
 def load_npz(path, parameters):
@@ -707,7 +778,7 @@ def load_npz(path, parameters):
         with np.load(path, allow_pickle=False) as arrays:
             for p in parameters:
                 p.set_data(Tensor(arrays[published_name(p)].reshape(p.shape)))
-            return {name: arrays[name] for name in arrays.files if name.startswith("run/")}
+            return {name[len("run/"):]: arrays[name] for name in arrays.files if name.startswith("run/")}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; train with --out {os.path.dirname(path)} first") from None
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -723,40 +794,31 @@ def zero_state(options, batch):
 
 
 def write_npz(path, arrays):
-    """Writes (name, array) pairs one by one; under `path` stands the old file or the new one, whole."""
-    draft = path + ".part"
-    with removed_after(draft):
-        with open(draft, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                for name, array in arrays:
-                    with archive.open(name + ".npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+    """Writes (name, array) pairs one by one."""
+    with written(path) as draft, open(draft, "wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, array in arrays:
+                with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def removed_after(draft):
-    """Whatever happens, no half-written file is left behind."""
+def written(path):
+    """A name to write a file under; in the end it takes its place at `path`, whole, or, after an error, goes away."""
+    draft = path + ".part"
     try:
-        yield
+        yield draft
+        os.replace(draft, path)
+    except OSError as error:
+        if error.filename not in (None, draft, path):
+            raise
+        raise InputError(f"{path}: could not be written ({error.strerror or str(error).splitlines()[0]}); is the disk "
+                         "full? What was written before is intact") from None
     finally:
         if os.path.exists(draft):
             os.remove(draft)
-
-
-def save(run, folder, is_best):
-    """Writes step-N.npz, keeps the last two of these, and under best.npz the best."""
-    path = os.path.join(folder, f"step-{run.step}.npz")
-    write_npz(path, run.arrays())
-    if is_best:  # the same file under a second name
-        best = os.path.join(folder, "best.npz")
-        with removed_after(best + ".part"):
-            os.link(path, best + ".part")
-            os.replace(best + ".part", best)
-    for old in checkpoints(folder)[:-2]:
-        os.remove(old)
 
 
 def checkpoints(folder):
@@ -794,64 +856,133 @@ def open_model(args, with_softmax=True):
 def train(args):
     """Trains a biLM (section 3.4 and bilm-tf's training): the loss printed is the sampled one, which flatters;
     the held-out perplexities at the end of each epoch are those of the full softmax."""
-    options, vocabulary, corpus, heldout = training_inputs(args)
-    window = options.batch_size * options.unroll_steps
+    workers = Workers()
+    options, about, vocabulary, corpus, heldout = training_inputs(args, workers)
+    window = options.batch_size * options.unroll_steps * workers.size
     predictions = corpus.tokens + corpus.sentences  # a sentence of n tokens has n + 1 in each direction
-    epoch_ends = [epoch * predictions // window for epoch in range(1, options.n_epochs + 1)]
-    end = min(epoch_ends[-1], args.steps or epoch_ends[-1])
-    run = Run(options, len(vocabulary), args.seed)
-    softmax_is_fresh = args.weights and load_weights(args.weights, run.bilm) and not load_weights(
+    end = options.n_epochs * predictions // window
+    end = min(end, args.steps or end)
+    run = Run(options, len(vocabulary), about["seed"], args.amp, workers)
+    softmax_is_new = args.weights and load_weights(args.weights, run.bilm) and not load_weights(
         args.weights, run.softmax, optional=True)
-    log = Log(args, run)
-    print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {len(vocabulary):,} words; "
-          f"{sum(p.size for p in run.bilm.get_parameters()):,} parameters and "
-          f"{run.softmax.W.size + run.softmax.b.size:,} of the softmax; {end:,} steps of {window:,} tokens; "
-          "compiling the training step", flush=True)
-    if softmax_is_fresh:
-        print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
-    if args.weights and heldout:
-        print(f"before training: held-out {perplexities(run.bilm, run.softmax, heldout)}", flush=True)
+    is_chief = workers.rank == 0  # the worker that logs, tests and writes
+    with contextlib.redirect_stdout(sys.stdout if is_chief else None), stop_signals() as signals:
+        if is_chief:
+            prepare_folder(args, as_json(options, **about))
+        if args.resume:
+            run.resume(args.out)
+            print(f"{args.out}: resuming after step {run.step:,}", flush=True)
+        if run.step >= end:
+            return print("all steps are done; --epochs N trains further")
+        print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {len(vocabulary):,} words; "
+              f"{sum(p.size for p in run.bilm.get_parameters()):,} parameters and "
+              f"{run.softmax.W.size + run.softmax.b.size:,} of the softmax; {end:,} steps of {window:,} tokens; "
+              "compiling the training step", flush=True)
+        if softmax_is_new:
+            print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
+        if args.weights and is_chief and heldout and not run.step:
+            print(f"before training: held-out {perplexities(run.bilm, run.softmax, heldout)}", flush=True)
+        log = Log(args.out if is_chief else None, run, window)
+        slots = Slots.measure(Rows(corpus, options, about["seed"]), options)
+        step = make_step(run.bilm, run.accumulators, slots, workers.size, LOSS_SCALE[args.amp])
+        batches = training_batches(corpus, slots, len(vocabulary), options, about["seed"], run.step, run.position,
+                                   workers.rank, workers.size)
+        for rows, batch, run.position in ahead(batches):
+            run.advance(step, rows, batch)
+            log.tick()
+            stopping, is_best = workers.any(signals), False
+            epoch = -(-run.step * window // predictions)  # the first that needs so many steps
+            epoch_is_over = run.step in (end, epoch * predictions // window)
+            if epoch_is_over or run.step % args.log_every == 0:
+                scores = perplexities(run.bilm, run.softmax, heldout) if epoch_is_over and heldout and is_chief else None
+                log.line(epoch, end, scores)
+                is_best = epoch_is_over and (scores is None or scores.average < run.best)
+                run.best = scores.average if is_best and scores else run.best
+            if epoch_is_over or stopping or args.save_every and run.step % args.save_every == 0:
+                run.save(args.out, is_best)
+            if stopping and run.step < end:
+                print(f"stopped after step {run.step:,}, which is saved; to go on: "
+                      f"python {shlex.join(args.argv)}{'' if args.resume else ' --resume'}", flush=True)
+            if stopping or run.step == end:
+                return
+            log.go_on()
 
-    slots = Slots.measure(Rows(corpus, options, args.seed), options)
-    step = make_step(run.bilm, run.accumulators, slots)
-    batches = training_batches(corpus, slots, len(vocabulary), options, args.seed, run.step, run.position)
-    for rows, batch, run.position in ahead(batches):
-        run.advance(step, rows, batch)
-        log.tick()
-        epoch = bisect.bisect_left(epoch_ends, run.step) + 1
-        epoch_is_over = run.step == end or run.step in epoch_ends
-        if run.step % args.log_every == 0 or epoch_is_over:
-            scores = perplexities(run.bilm, run.softmax, heldout) if heldout and epoch_is_over else None
-            log.line(epoch, end, scores)
-        if epoch_is_over or args.save_every and run.step % args.save_every == 0:
-            is_best = epoch_is_over and (scores is None or scores.average < run.best)
-            run.best = scores.average if is_best and scores else run.best
-            save(run, args.out, is_best)
-        log.go_on()
-        if run.step == end:
-            return
+
+LOSS_SCALE = {None: 1.0, "bfloat16": 1.0, "float16": 1024.0}  # the gradients of float16 become 0 below 6e-8
 
 
-def training_inputs(args):
-    """Reads and checks what training needs -> options, vocabulary, corpus, held-out corpus (or None)."""
-    options = read_options(args.options) if args.options else SIZES[args.size]
+def training_inputs(args, workers):
+    """Reads and checks what training needs -> options, what else the run consists of, vocabulary, corpus, held-out
+    corpus (or None). With --resume, what the command line leaves open is as it was when the run began."""
+    begun = {}
+    if args.resume:
+        path = os.path.join(args.out, "options.json")
+        if not os.path.isfile(path):
+            raise InputError(f"{args.out}: no run to resume; leave out --resume to begin one")
+        begun = read_json(path)
+        args.options = args.options or (None if args.size else path)
+    options = read_options(args.options) if args.options else SIZES[args.size or "original"]
     given = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "n_epochs")}
     options = replace(options, **{name: value for name, value in given.items() if value is not None})
     vocabulary = Vocabulary(args.vocab)
     corpus = open_corpus(args.data, vocabulary)
     heldout = open_corpus(args.heldout, vocabulary) if args.heldout else None
-    needed, words = options.batch_size * options.unroll_steps, len(vocabulary)
+    needed, words = options.batch_size * options.unroll_steps * workers.size, len(vocabulary)
     if corpus.tokens + corpus.sentences < needed:
         raise InputError(f"{args.data}: {corpus.tokens:,} tokens in {corpus.sentences:,} sentences are less than one "
-                         f"batch of {options.batch_size} × {options.unroll_steps} = {needed:,}; add text, or lower "
-                         "--batch-size")
+                         f"batch of {options.batch_size * workers.size} × {options.unroll_steps} = {needed:,}; add "
+                         "text, or lower --batch-size")
     if options.sample_softmax and options.n_negative_samples_batch > words:
         raise InputError(f"{args.vocab}: {words:,} words are fewer than n_negative_samples_batch, "
                          f'{options.n_negative_samples_batch:,}; lower it, or set "sample_softmax" to false')
     if options.n_tokens_vocab not in (0, words):
         print(f"{args.options}: n_tokens_vocab is {options.n_tokens_vocab:,}, but {args.vocab} has {words:,} words, "
               "which decides", flush=True)
-    return replace(options, n_tokens_vocab=words), vocabulary, corpus, heldout
+    about = {"seed": look_up(begun, "run.seed") or 0 if args.seed is None else args.seed, "workers": workers.size,
+             "amp": args.amp, "vocabulary": vocabulary.fingerprint,
+             "data": f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, checksum {corpus.checksum:08x}"}
+    return replace(options, n_tokens_vocab=words), about, vocabulary, corpus, heldout
+
+
+def prepare_folder(args, content):
+    """Makes the folder of a new run, or checks that the one to be resumed is this very run."""
+    path = os.path.join(args.out, "options.json")
+    if not args.resume:
+        if os.path.isdir(args.out) and os.listdir(args.out):
+            raise InputError(f"{args.out}: is not empty; give another --out, or --resume to go on with its run")
+        os.makedirs(args.out, exist_ok=True)
+        shutil.copyfile(args.vocab, os.path.join(args.out, "vocab"))
+        return write_json(path, content)
+    begun = read_json(path)
+    for place in [f.metadata["place"] for f in fields(Options)] + ["run." + key for key in content["run"]]:
+        old, new = look_up(begun, place), look_up(content, place)
+        if old != new and place != "n_epochs":
+            raise InputError(f"{args.out}: its run has {place} {old!r:.80}, not {new!r:.80}; resume it as it was "
+                             "begun, or train into another --out")
+    for name in os.listdir(args.out):
+        if name.endswith(".part"):  # of a run that was killed
+            os.remove(os.path.join(args.out, name))
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGINT and SIGTERM add to, instead of ending the program; the next one ends it."""
+    received = []
+
+    def note(number, frame):
+        received.append(signal.Signals(number).name)
+        print(f"{received[-1]}: stopping after this step", file=sys.stderr, flush=True)
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        restore()
 
 
 def open_corpus(path, vocabulary):
@@ -862,23 +993,18 @@ def open_corpus(path, vocabulary):
 
 
 class Log:
-    """A training run's output folder and its log: lines on the console, rows in log.csv."""
+    """A training run's log: lines on the console, rows in log.csv."""
     COLUMNS = "step,epoch,loss,tokens_per_second,heldout_forward,heldout_backward,heldout_average"
 
-    def __init__(self, args, run):
-        self.run, self.steps, self.seconds, self.last = run, 0, 0.0, None
-        self.window = run.options.batch_size * run.options.unroll_steps
-        self.path = os.path.join(args.out, "log.csv")
-        if os.path.isdir(args.out) and os.listdir(args.out):
-            raise InputError(f"{args.out}: is not empty; give another --out")
-        os.makedirs(args.out, exist_ok=True)
-        write_options(run.options, os.path.join(args.out, "options.json"))
-        shutil.copyfile(args.vocab, os.path.join(args.out, "vocab"))
-        self.write(self.COLUMNS)
-
-    def write(self, row):
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(row + "\n")
+    def __init__(self, folder, run, window):
+        self.run, self.window, self.steps, self.seconds, self.last = run, window, 0, 0.0, None
+        self.path, rows = os.path.join(folder, "log.csv") if folder else os.devnull, [self.COLUMNS + "\n"]
+        if os.path.isfile(self.path):  # the run is resumed: what came after its checkpoint comes again
+            with open(self.path, encoding="utf-8") as file:
+                rows += [row for row in list(file)[1:] if row.endswith("\n") and int(row.split(",")[0]) <= run.step]
+        if folder:
+            with written(self.path) as draft, open(draft, "w", encoding="utf-8") as file:
+                file.writelines(rows)
 
     def tick(self):
         """Counts a step and its time; not the first step, which is compiled meanwhile."""
@@ -897,7 +1023,8 @@ class Log:
             left = f"{int(speed):,} tokens/s  {math.ceil(self.seconds / self.steps * (end - step) / 60)} min left"
         print(f"step {step:,} of {end:,}  epoch {epoch}  sampled loss {loss:.4f}  {left}", flush=True)
         heldout = f"{scores.forward:.4f},{scores.backward:.4f},{scores.average:.4f}" if scores else ",,"
-        self.write(f"{step},{epoch},{loss:.6f},{speed},{heldout}")
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{step},{epoch},{loss:.6f},{speed},{heldout}\n")
         if scores:
             print(f"epoch {epoch}: held-out {scores}", flush=True)
         self.run.losses, self.steps, self.seconds = [], 0, 0.0
@@ -1081,8 +1208,8 @@ def parse_arguments(argv):
     option("--device", "--device_target", default="Ascend", choices=("Ascend", "CPU"), help="default: %(default)s")
     option("--out", "--train_url", metavar="DIR", default="model",
            help="folder of a training run: train writes it, the others read its best model (default: %(default)s)")
-    option("--vocab", "--vocab_path", metavar="FILE", default="vocab",
-           help="the vocabulary that data.py used (default: %(default)s)")
+    option("--vocab", "--vocab_path", metavar="FILE",
+           help="the vocabulary that data.py used (default: vocab; with --resume, the run's own)")
     option("--options", "--options_path", metavar="FILE", help="options in the published JSON format")
     option("--weights", metavar="FILE",
            help="published weights, .hdf5. train: start from them; test, embed: use them, with --options, instead of "
@@ -1093,8 +1220,7 @@ def parse_arguments(argv):
     option = parser.add_argument_group("train").add_argument
     option("--heldout", metavar="FILE",
            help="text to test on after each epoch (default: heldout.mindrecord, if there is one)")
-    option("--size", choices=SIZES, default="original",
-           help="of the model, where there are no --options (default: %(default)s)")
+    option("--size", choices=SIZES, help="of the model, where there are no --options (default: original)")
     option("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=natural,
            help="passes over the text (default: as in the options, 10)")
     option("--steps", metavar="N", type=natural, help="stop after N steps")
@@ -1102,16 +1228,22 @@ def parse_arguments(argv):
            help="learning rate (default: as in the options, 0.2)")
     option("--batch-size", metavar="N", type=natural,
            help="rows of text side by side (default: as in the options, 128)")
-    option("--seed", metavar="N", type=seed, default=0, help="decides all that is random (default: %(default)s)")
+    option("--seed", metavar="N", type=seed, help="decides all that is random (default: 0)")
     option("--log-every", metavar="K", type=natural, default=100,
            help="steps from one line of the log to the next (default: %(default)s)")
     option("--save-every", metavar="K", type=natural,
            help="steps from one checkpoint to the next (default: one after each epoch)")
+    option("--resume", action="store_true",
+           help="go on with the run in --out from its last checkpoint, as if nothing had happened")
+    option("--amp", choices=("float16", "bfloat16"), help="matrix products in this type (default: float32)")
     option = parser.add_argument_group("embed, export").add_argument
     option("--input", metavar="FILE", help="tokenized sentences, one a line")
     option("--output", metavar="FILE", help="vectors to write, one array a line: .npz or .hdf5")
     option("--overwrite", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
+    args.argv = [sys.argv[0], *argv]
+    if args.vocab is None:
+        args.vocab = os.path.join(args.out, "vocab") if args.resume else "vocab"
     if args.data is None:
         args.data = "heldout.mindrecord" if args.command == "test" else "train.mindrecord"
     if args.heldout is None and os.path.exists("heldout.mindrecord"):
@@ -1126,7 +1258,7 @@ def parse_arguments(argv):
 def main(argv=None):
     """Runs the command line -> the exit status."""
     try:
-        args = parse_arguments(argv)
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
         try:
             ms.set_device(args.device)
         except RuntimeError:
