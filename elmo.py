@@ -656,8 +656,10 @@ def make_step(bilm, accumulators, slots, workers=1, loss_scale=1.0):
         loss = 0.0
         for d in range(2):
             y = drop(outputs[d][-1], keep[-1][d], o.dropout) if o.dropout else outputs[d][-1]
-            loss = loss + softmax_loss(y.reshape(-1, o.projection), W, b, target[d], drawn[d], target_log_q[d], drawn_log_q[d], undrawn[d]) / 2
-        return loss_scale * loss, state
+            # += and not +: what is done in place keeps its order, without which the step takes half as long again.
+            loss += loss_scale / 2 * softmax_loss(y.reshape(-1, o.projection), W, b, target[d], drawn[d],
+                                                  target_log_q[d], drawn_log_q[d], undrawn[d])
+        return loss, state
 
     gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
     all_reduce = ops.AllReduce() if workers > 1 else None
@@ -1186,7 +1188,7 @@ def parse_arguments(argv):
         raise InputError(f"{message}; see --help")
 
     def natural(text, least=1):
-        if int(text) < least:
+        if not least <= int(text) < 2 ** 40:
             raise ValueError
         return int(text)
 
@@ -1268,6 +1270,9 @@ def main(argv=None):
     except (InputError, OSError) as error:
         place = getattr(error, "filename", None)
         print(f"elmo.py: error: {f'{place}: {error.strerror}' if place else error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"elmo.py: error: not enough memory ({error}); use a smaller model or batch", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("elmo.py: interrupted", file=sys.stderr)

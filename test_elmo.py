@@ -1796,8 +1796,8 @@ def test_resuming_a_run_that_is_over_changes_nothing(trained):
 def test_another_run_is_not_resumed(trained, monkeypatch, tmp_path, change, message):
     monkeypatch.chdir(trained.folder)
     if "other_vocab" in change:
-            vocabulary = Path("vocab").read_text(encoding="utf-8").split("\n")
-            Path("other_vocab").write_text("\n".join(vocabulary[:3] + vocabulary[:2:-1]).strip(), encoding="utf-8")
+        words = Path("vocab").read_text(encoding="utf-8").split()
+        Path("other_vocab").write_text("\n".join(words[:3] + words[:2:-1]), encoding="utf-8")
         succeed("--input", "text.txt", "--output", "other.mindrecord", "--vocab", "other_vocab", program=data)
     elmo.write_json("dim8.json", elmo.as_json(replace(trained.options, dim=8)))
     before = tree(trained.model)
@@ -1882,7 +1882,7 @@ def test_training_in_half_precision_follows_training_in_float32(trained, tmp_pat
 
 
 # No "Supported Platforms" in their documentation; each is named in MindSpore's library for Ascend.
-UNDOCUMENTED = {"ClampScalar", "Divs", "LessScalar", "Muls", "ReluGrad", "SigmoidGrad", "SplitWithSize",
+UNDOCUMENTED = {"ClampScalar", "Divs", "InplaceAddExt", "LessScalar", "Muls", "ReluGrad", "SigmoidGrad", "SplitWithSize",
                 "StridedSliceGrad", "SumExt"}
 # Of the graph itself; they compute nothing.
 STRUCTURE = {"Depend", "Load", "MakeTuple", "StopGradient", "TupleGetItem", "UpdateState"}
@@ -2027,7 +2027,22 @@ def bad(trained, files, exported):
     (folder / "run").mkdir()
     for name in os.listdir(trained.model):
         content = (trained.model / name).read_bytes()
-        (folder / "run" / name).write_bytes(content[:len(content) // 2] if name == "best.npz" else content)
+        (folder / "run" / name).write_bytes(content[:len(content) // 2] if name.endswith("npz") else content)
+    for name, change in (("float64", lambda array: array.astype(float)), ("scalar", lambda array: array.sum())):
+        with h5py.File(exported, "r") as whole, h5py.File(folder / f"{name}.hdf5", "w") as file:
+            file["char_embed"] = change(whole["char_embed"][...])
+    with h5py.File(folder / "group.hdf5", "w") as file:
+        file.create_group("char_embed/deeper")
+    for name, content in (("pickle", {"char_embed": np.array([print, {}], dtype=object)}), ("lacking", {"x": 1}),
+                          ("shapes", {"char_embed": np.zeros((3, 3), np.float32)})):
+        shutil.copytree(folder / "run", folder / f"run_{name}")
+        np.savez(folder / f"run_{name}" / "best.npz", **content, allow_pickle=True)
+    (folder / "binary").write_bytes(bytes(range(256)) * 4096)
+    (folder / "run_vocab").mkdir()
+    for name in os.listdir(folder / "run"):
+        (folder / "run_vocab" / name).write_bytes((folder / "run" / name).read_bytes())
+    (folder / "run_vocab" / "vocab").write_bytes(b"")
+    (folder / "huge.json").write_text(with_value("lstm", "dim", 65536))
     return folder
 
 
@@ -2062,6 +2077,32 @@ EMBED = "embed --device CPU --out ../model --input fine.txt --output new.npz"
     (TRAIN + " --weights lacking.hdf5", "lacking.hdf5: has no dataset CNN_proj/W_proj"),
     (TRAIN.replace("../options.json", "dim8.json") + " --weights ../elmo_weights.hdf5",
      "Cell0/LSTMCell/W_0 is float32 [10, 28], but these options ask for float32 [10, 32]"),
+    (TRAIN.replace("../options.json", "binary"), "binary: not JSON"),
+    (TRAIN.replace("../options.json", "../vocab"), "vocab: not JSON"),
+    (TRAIN.replace("../options.json", "."), ".: "),
+    (TRAIN.replace("../train.mindrecord", "binary"), "binary.db: no such file"),
+    (TRAIN.replace("../train.mindrecord", "."), ".: no such file"),
+    (TRAIN.replace("../vocab", "binary"), "binary: not UTF-8 at byte"),
+    (TRAIN.replace("../vocab", "../train.mindrecord"), "train.mindrecord: "),
+    (TRAIN.replace("../vocab", "."), ".: "),
+    (TRAIN + " --amp float8", "--amp"),
+    (TRAIN + " --resume", "new: no run to resume"),
+    (TRAIN + " --seed 1e3", "--seed"), (TRAIN + " --lr inf", "--lr"), (TRAIN + " --epochs 99999999999999999999", "--epochs"),
+    (TRAIN + " --batch-size 99999999999999999999", "--batch-size"),
+    (TRAIN + " --weights binary", "binary: not a readable HDF5 file"),
+    (TRAIN + " --weights .", ".: "),
+    (TRAIN + " --weights float64.hdf5", "char_embed is float64 [261, 4], but these options ask for float32 [261, 4]"),
+    (TRAIN + " --weights scalar.hdf5", "char_embed is float32 []"),
+    (TRAIN + " --weights group.hdf5", "has no dataset char_embed"),
+    (TRAIN.replace("--out new", "--out /proc/none/new"), "/proc/none"),
+    (TRAIN.replace("--out new", "--out run") + " --resume", "run: all of its checkpoints are damaged"),
+    ("test --device CPU --out run_pickle --data ../heldout.mindrecord", "best.npz: damaged"),
+    ("test --device CPU --out run_lacking --data ../heldout.mindrecord", "best.npz: damaged"),
+    ("test --device CPU --out run_shapes --data ../heldout.mindrecord", "best.npz: damaged"),
+    ("test --device CPU --out run_vocab --data ../heldout.mindrecord", "vocab: lines 1 to 3 must be"),
+    (EMBED.replace("fine.txt", "binary"), "binary: not UTF-8"),
+    (EMBED.replace("--out ../model", "--options huge.json --weights ../elmo_weights.hdf5"), "these options ask for"),
+    (EMBED.replace("new.npz", "/proc/none/new.npz"), "/proc/none"),
     ("test --device CPU --out gone --data ../heldout.mindrecord", "gone: no such folder"),
     ("test --device CPU --out run --data ../heldout.mindrecord", "best.npz: damaged"),
     ("test --device CPU --out ../model --data gone.mindrecord", "gone.mindrecord: no such file"),
