@@ -856,66 +856,70 @@ def open_model(args, with_softmax=True):
 
 
 def train(args):
-    """Trains a biLM (section 3.4 and bilm-tf's training): the loss printed is the sampled one, which flatters;
-    the held-out perplexities at the end of each epoch are those of the full softmax."""
+    """Trains a biLM (section 3.4 and bilm-tf's training)."""
     workers = Workers()
-    options, about, vocabulary, corpus, heldout = training_inputs(args, workers)
-    window = options.batch_size * options.unroll_steps * workers.size
-    predictions = corpus.tokens + corpus.sentences  # a sentence of n tokens has n + 1 in each direction
-    end = options.n_epochs * predictions // window
-    end = min(end, args.steps or end)
-    run = Run(options, len(vocabulary), about["seed"], args.amp, workers)
+    options, about, words, corpus, heldout = training_inputs(args, workers)
+    run = Run(options, words, about["seed"], args.amp, workers)
     softmax_is_new = args.weights and load_weights(args.weights, run.bilm) and not load_weights(
         args.weights, run.softmax, optional=True)
-    is_chief = workers.rank == 0  # the worker that logs, tests and writes
-    with contextlib.redirect_stdout(sys.stdout if is_chief else None), stop_signals() as signals:
-        if is_chief:
+    with contextlib.redirect_stdout(None if workers.rank else sys.stdout), stop_signals() as signals:
+        if workers.rank == 0:
             prepare_folder(args, as_json(options, **about))
         if args.resume:
             run.resume(args.out)
             print(f"{args.out}: resuming after step {run.step:,}", flush=True)
-        if run.step >= end:
-            return print("all steps are done; --epochs N trains further")
-        print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {len(vocabulary):,} words; "
+        print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {words:,} words; "
               f"{sum(p.size for p in run.bilm.get_parameters()):,} parameters and "
-              f"{run.softmax.W.size + run.softmax.b.size:,} of the softmax; {end:,} steps of {window:,} tokens; "
-              "compiling the training step", flush=True)
+              f"{run.softmax.W.size + run.softmax.b.size:,} of the softmax", flush=True)
         if softmax_is_new:
             print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
-        if args.weights and is_chief and heldout and not run.step:
+        if args.weights and heldout and not run.step:
             print(f"before training: held-out {perplexities(run.bilm, run.softmax, heldout)}", flush=True)
-        log = Log(args.out if is_chief else None, run, window)
-        slots = Slots.measure(Rows(corpus, options, about["seed"]), options)
-        step = make_step(run.bilm, run.accumulators, slots, workers.size, LOSS_SCALE[args.amp])
-        batches = training_batches(corpus, slots, len(vocabulary), options, about["seed"], run.step, run.position,
-                                   workers.rank, workers.size)
-        for rows, batch, run.position in ahead(batches):
-            run.advance(step, rows, batch)
-            log.tick()
-            stopping, is_best = workers.any(signals), False
-            epoch = -(-run.step * window // predictions)  # the first that needs so many steps
-            epoch_is_over = run.step in (end, epoch * predictions // window)
-            if epoch_is_over or run.step % args.log_every == 0:
-                scores = perplexities(run.bilm, run.softmax, heldout) if epoch_is_over and heldout and is_chief else None
-                log.line(epoch, end, scores)
-                is_best = epoch_is_over and (scores is None or scores.average < run.best)
-                run.best = scores.average if is_best and scores else run.best
-            if epoch_is_over or stopping or args.save_every and run.step % args.save_every == 0:
-                run.save(args.out, is_best)
-            if stopping and run.step < end:
-                print(f"stopped after step {run.step:,}, which is saved; to go on: "
-                      f"python {shlex.join(args.argv)}{'' if args.resume else ' --resume'}", flush=True)
-            if stopping or run.step == end:
-                return
-            log.go_on()
+        train_steps(args, run, corpus, heldout, words, about["seed"], signals)
+
+
+def train_steps(args, run, corpus, heldout, words, seed, signals):
+    """The steps of a run from where it stands to its end, or to a signal. The loss printed is the sampled one, which
+    flatters; the held-out perplexities at the end of each epoch are those of the full softmax."""
+    o, workers = run.options, run.workers
+    window = o.batch_size * o.unroll_steps * workers.size
+    predictions = corpus.tokens + corpus.sentences  # a sentence of n tokens has n + 1 in each direction
+    end = o.n_epochs * predictions // window
+    end = min(end, args.steps or end)
+    if run.step >= end:
+        return print("all steps are done; --epochs N trains further")
+    print(f"{end:,} steps of {window:,} tokens; compiling the training step", flush=True)
+    log = Log(None if workers.rank else args.out, run, window)
+    slots = Slots.measure(Rows(corpus, o, seed), o)
+    step = make_step(run.bilm, run.accumulators, slots, workers.size, LOSS_SCALE[args.amp])
+    for rows, batch, run.position in ahead(training_batches(
+            corpus, slots, words, o, seed, run.step, run.position, workers.rank, workers.size)):
+        run.advance(step, rows, batch)
+        log.tick()
+        stopping, is_best = workers.any(signals), False
+        epoch = -(-run.step * window // predictions)  # the first that needs so many steps
+        epoch_is_over = run.step in (end, epoch * predictions // window)
+        if epoch_is_over or run.step % args.log_every == 0:
+            scores = perplexities(run.bilm, run.softmax, heldout) if epoch_is_over and heldout else None
+            log.line(epoch, end, scores)
+            is_best = epoch_is_over and (scores is None or scores.average < run.best)
+            run.best = scores.average if is_best and scores else run.best
+        if epoch_is_over or stopping or args.save_every and run.step % args.save_every == 0:
+            run.save(args.out, is_best)
+        if run.step == end:
+            return
+        if stopping:
+            return print(f"stopped after step {run.step:,}, which is saved; to go on: python "
+                         f"{shlex.join(args.argv)}{'' if args.resume else ' --resume'}", flush=True)
+        log.go_on()
 
 
 LOSS_SCALE = {None: 1.0, "bfloat16": 1.0, "float16": 1024.0}  # the gradients of float16 become 0 below 6e-8
 
 
 def training_inputs(args, workers):
-    """Reads and checks what training needs -> options, what else the run consists of, vocabulary, corpus, held-out
-    corpus (or None). With --resume, what the command line leaves open is as it was when the run began."""
+    """Reads and checks what training needs -> options, what else the run consists of, number of words, corpus,
+    held-out corpus (or None; worker 0 tests). With --resume, what the command line leaves open is as it was."""
     begun = {}
     if args.resume:
         path = os.path.join(args.out, "options.json")
@@ -928,7 +932,7 @@ def training_inputs(args, workers):
     options = replace(options, **{name: value for name, value in given.items() if value is not None})
     vocabulary = Vocabulary(args.vocab)
     corpus = open_corpus(args.data, vocabulary)
-    heldout = open_corpus(args.heldout, vocabulary) if args.heldout else None
+    heldout = open_corpus(args.heldout, vocabulary) if args.heldout and workers.rank == 0 else None
     needed, words = options.batch_size * options.unroll_steps * workers.size, len(vocabulary)
     if corpus.tokens + corpus.sentences < needed:
         raise InputError(f"{args.data}: {corpus.tokens:,} tokens in {corpus.sentences:,} sentences are less than one "
@@ -943,7 +947,7 @@ def training_inputs(args, workers):
     about = {"seed": look_up(begun, "run.seed") or 0 if args.seed is None else args.seed, "workers": workers.size,
              "amp": args.amp, "vocabulary": vocabulary.fingerprint,
              "data": f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, checksum {corpus.checksum:08x}"}
-    return replace(options, n_tokens_vocab=words), about, vocabulary, corpus, heldout
+    return replace(options, n_tokens_vocab=words), about, words, corpus, heldout
 
 
 def prepare_folder(args, content):
@@ -954,16 +958,17 @@ def prepare_folder(args, content):
             raise InputError(f"{args.out}: is not empty; give another --out, or --resume to go on with its run")
         os.makedirs(args.out, exist_ok=True)
         shutil.copyfile(args.vocab, os.path.join(args.out, "vocab"))
-        return write_json(path, content)
-    begun = read_json(path)
-    for place in [f.metadata["place"] for f in fields(Options)] + ["run." + key for key in content["run"]]:
-        old, new = look_up(begun, place), look_up(content, place)
-        if old != new and place != "n_epochs":
-            raise InputError(f"{args.out}: its run has {place} {old!r:.80}, not {new!r:.80}; resume it as it was "
-                             "begun, or train into another --out")
-    for name in os.listdir(args.out):
-        if name.endswith(".part"):  # of a run that was killed
-            os.remove(os.path.join(args.out, name))
+    else:
+        begun = read_json(path)
+        for place in [f.metadata["place"] for f in fields(Options)] + ["run." + key for key in content["run"]]:
+            old, new = look_up(begun, place), look_up(content, place)
+            if old != new and place != "n_epochs":
+                raise InputError(f"{args.out}: its run has {place} {old!r:.80}, not {new!r:.80}; resume it as it was "
+                                 "begun, or train into another --out")
+        for name in os.listdir(args.out):
+            if name.endswith(".part"):  # of a run that was killed
+                os.remove(os.path.join(args.out, name))
+    write_json(path, content)
 
 
 @contextlib.contextmanager

@@ -2029,9 +2029,14 @@ def bad(trained, files, exported):
         content = (trained.model / name).read_bytes()
         (folder / "run" / name).write_bytes(content[:len(content) // 2] if name.endswith("npz") else content)
     for name, change in (("float64", lambda array: array.astype(float)), ("scalar", lambda array: array.sum())):
-        with h5py.File(exported, "r") as whole, h5py.File(folder / f"{name}.hdf5", "w") as file:
-            file["char_embed"] = change(whole["char_embed"][...])
-    with h5py.File(folder / "group.hdf5", "w") as file:
+        shutil.copyfile(exported, folder / f"{name}.hdf5")
+        with h5py.File(folder / f"{name}.hdf5", "r+") as file:
+            changed = change(file["char_embed"][...])
+            del file["char_embed"]
+            file["char_embed"] = changed
+    shutil.copyfile(exported, folder / "group.hdf5")
+    with h5py.File(folder / "group.hdf5", "r+") as file:
+        del file["char_embed"]
         file.create_group("char_embed/deeper")
     for name, content in (("pickle", {"char_embed": np.array([print, {}], dtype=object)}), ("lacking", {"x": 1}),
                           ("shapes", {"char_embed": np.zeros((3, 3), np.float32)})):
