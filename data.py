@@ -16,12 +16,12 @@ import gzip
 import hashlib
 import inspect
 import itertools
+import json
 import os
 import queue
 import re
 import shutil
 import signal
-import sqlite3
 import sys
 import sysconfig
 import tempfile
@@ -330,7 +330,7 @@ class Writer:
         self.waiting, self.waiting_tokens = [], 0
 
     def finish(self):
-        """Complete the file; its totals go to a table of their own in MindRecord's SQLite index, the .db."""
+        """Complete the file. Its last bytes are its totals and the checksum of all, the index beside it included."""
         if self.waiting:
             self.flush()
         if not self.sentences:
@@ -338,11 +338,11 @@ class Writer:
         if shutil.disk_usage(os.path.dirname(self.path)).free < (64 << 20) + 64 * self.sentences:
             raise RuntimeError("no room for the index")  # over which MindSpore would crash
         self.file.commit()
-        with contextlib.closing(sqlite3.connect(self.path + ".db")) as db, db:
-            db.execute("CREATE TABLE elmo (sentences, tokens, checksum, bytes, vocabulary_size, fingerprint)")
-            db.execute("INSERT INTO elmo VALUES (?, ?, ?, ?, ?, ?)",
-                       (self.sentences, self.tokens, self.checksum, os.path.getsize(self.path), len(self.vocabulary),
-                        self.vocabulary.fingerprint))
+        totals = json.dumps([self.sentences, self.tokens, self.checksum, len(self.vocabulary),
+                             self.vocabulary.fingerprint]).encode().ljust(TOTALS)
+        end = totals + zlib.crc32(totals, checksum(self.path)).to_bytes(4, "big")
+        with open(self.path, "ab") as file:
+            file.write(end)
         self.bytes += os.path.getsize(self.path + ".db")
 
     def summary(self):
@@ -354,8 +354,25 @@ class Writer:
                 f"{rate:.2%} out of vocabulary, {size:.1f} bytes a token")
 
 
+TOTALS = 200  # bytes that a MindRecord's totals take, in JSON, near its end; MindSpore does not mind
+
+
+def checksum(path, leave=0):
+    """The CRC-32 of a MindRecord, all but its last `leave` bytes, and of the index beside it."""
+    total = 0
+    for name, rest in ((path, os.path.getsize(path) - leave), (path + ".db", os.path.getsize(path + ".db"))):
+        with open(name, "rb") as file:
+            while rest > 0 and (block := file.read(min(rest, 1 << 20))):
+                total, rest = zlib.crc32(block, total), rest - len(block)
+    return total
+
+
 class Corpus:
-    """A MindRecord from `Writer`, opened for reading; InputError where it is missing, damaged or foreign."""
+    """A MindRecord from `Writer`, opened for reading; InputError where it is missing, damaged or foreign.
+
+    The whole file is compared with its checksum, which takes seconds for gigabytes: MindSpore itself returns wrong
+    text from a damaged file, or crashes.
+    """
     CHUNK = 1 << 16  # records; MindSpore opens the file anew for each chunk
 
     def __init__(self, path):
@@ -363,14 +380,15 @@ class Corpus:
         for file in (path, path + ".db"):
             if not os.path.isfile(file):
                 raise InputError(f"{file}: no such file; data.py writes it")
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - TOTALS - 4))
+            totals, expected = file.read(TOTALS), file.read(4)
         try:
-            with contextlib.closing(sqlite3.connect(path + ".db")) as db:
-                self.sentences, self.tokens, self.checksum, size, self.vocabulary_size, self.fingerprint = db.execute(
-                    "SELECT sentences, tokens, checksum, bytes, vocabulary_size, fingerprint FROM elmo").fetchone()
-        except (sqlite3.Error, TypeError):
-            raise InputError(f"{path}: not from data.py, or damaged; convert the text with data.py") from None
-        if os.path.getsize(path) != size:
-            raise InputError(f"{path}: damaged, not the {size:,} bytes it was; convert the text again")
+            self.sentences, self.tokens, self.checksum, self.vocabulary_size, self.fingerprint = json.loads(totals)
+        except (ValueError, TypeError):
+            raise InputError(f"{path}: damaged, or not from data.py; convert the text with data.py") from None
+        if zlib.crc32(totals, checksum(path, leave=TOTALS + 4)).to_bytes(4, "big") != expected:
+            raise InputError(f"{path}: damaged, it or {path}.db; convert the text again")
 
     def read(self, indices):
         """The records of these numbers, in their order: yields words, list of str, and ids, int32 [words]."""
@@ -382,13 +400,10 @@ class Corpus:
                 sampler=mindspore.dataset.SubsetSampler(indices[start:start + chunk]))
             try:
                 for text, ids in records.create_tuple_iterator(num_epochs=1, output_numpy=True):
-                    words = text.tobytes().decode("utf-8").split()
-                    ids = np.frombuffer(ids.tobytes(), np.int32)
-                    if len(words) != len(ids) or ids.view(np.uint32).max() >= self.vocabulary_size:
-                        raise ValueError
-                    yield words, ids
-            except (RuntimeError, MemoryError, ValueError):  # MindSpore or the decoder stumbles
-                raise InputError(f"{self.path}: damaged; convert the text again") from None
+                    yield text.tobytes().decode("utf-8").split(), np.frombuffer(ids.tobytes(), np.int32)
+            except RuntimeError:  # MindSpore's message is many lines
+                raise InputError(f"{self.path}: can no longer be read; is it still there?") from None
+
 
 # ---- training batches: sentences in rows, their distinct words, and the negatives of the sampled softmax ---------
 
@@ -473,25 +488,26 @@ class Slots(NamedTuple):
     tiers: tuple
 
     @classmethod
-    def measure(cls, rows, options, number=4):
-        """The room that windows like the next 20 of `rows` need, in tiers with the least to convolve."""
+    def measure(cls, rows, options):
+        """The room that windows like the next 20 of `rows` need, in four tiers with the least to convolve."""
         longer = np.zeros(MAX_CHARS + 1, int)  # [k] words of a window, at most, have more than k character ids
         for words, *_ in itertools.islice(rows, 20):
-            lengths = np.bincount([(cached_char_ids(word) != PADDING + 1).sum() for word in words], minlength=51)
-            longer = np.maximum(longer, lengths[::-1].cumsum()[::-1] - lengths)
+            _, lengths = characters(words)
+            counts = np.bincount(lengths, minlength=MAX_CHARS + 1)
+            longer = np.maximum(longer, len(words) - counts.cumsum())
         longer += longer // 20 + 16
         def tiers(limits):
-            rooms = [(int(longer[k] - longer[limit]), limit) for k, limit in zip((0, *limits), limits)]
-            return [*filter(all, rooms), (int(longer[(0, *limits)[-1]]), MAX_CHARS)]
+            bounds = (0, *limits)
+            rooms = [(int(longer[lower] - longer[upper]), upper) for lower, upper in zip(bounds, limits)]
+            return [*filter(all, rooms), (int(longer[bounds[-1]]), MAX_CHARS)]
         shorter = range(1, MAX_CHARS - max(width for width, _ in options.filters) + 1)
-        choices = itertools.combinations(shorter, min(number - 1, len(shorter)))
+        choices = itertools.combinations(shorter, min(3, len(shorter)))
         return cls(tuple(min(map(tiers, choices), key=lambda t: sum(words * (length + 1) for words, length in t))))
 
     def fill(self, words, place):
         """-> the characters of the words, each in a slot where it fits, int32 [slots, 50], and `place` changed to
         numbers of slots."""
-        chars = np.stack([cached_char_ids(word) for word in words])
-        lengths = (chars != PADDING + 1).sum(1)
+        chars, lengths = characters(words)
         order = np.argsort(lengths, kind="stable")
         room = np.repeat([length for _, length in self.tiers], [number for number, _ in self.tiers])
         if len(words) > len(room) or (lengths[order] > room[len(room) - len(words):]).any():
@@ -504,6 +520,12 @@ class Slots(NamedTuple):
 
 
 cached_char_ids = functools.lru_cache(1 << 16)(char_ids)
+
+
+def characters(words):
+    """The character ids of words, int32 [words, 50], and how many of them are not padding, int [words]."""
+    chars = np.stack([cached_char_ids(word) for word in words])
+    return chars, (chars != PADDING + 1).sum(1)
 
 
 def log_uniform_sample(rng, number, classes):
@@ -565,7 +587,7 @@ def make_batch(window, slots, classes, options, seed, step, worker=0):
     words = [words[k] for k in here]
     # A state that is carried for ever is one that the model never learns to begin from, as every test and embedding
     # does. So a row whose window happens to begin with a sentence, about every twentieth, begins afresh.
-    fresh = place[0, 0] == words.index("<S>") if "<S>" in words else np.zeros(o.batch_size, bool)
+    fresh = np.array([words[k] == "<S>" for k in place[0, 0]])
     shape = (o.n_layers + 1, *place.shape, o.projection) if o.dropout else 0
     keep = np.random.default_rng([seed, step, 2, worker]).random(shape, np.float32) >= o.dropout
     return rows.astype(np.int32), Batch(
@@ -722,7 +744,7 @@ def convert(args):
                 writers[is_heldout(words, share)].add(words)
             for writer in writers:
                 writer.finish()
-        except (RuntimeError, sqlite3.Error):  # MindSpore says no more than the line of its source
+        except RuntimeError:  # MindSpore says no more than the line of its source
             raise InputError(f"{args.output}: could not be written; is the disk full?") from None
         seconds = time.monotonic() - began
         for path, file in drafts.items():

@@ -251,9 +251,12 @@ def tanh(x):
 
 
 class Product(nn.Cell):
-    """x · y, one of them transposed or not. With `amp`, float16 or bfloat16, both are rounded to that type and the
-    result, float32 again, is what such a machine makes of them; the CPU has no product of bfloat16, so that float32
-    multiplies the rounded numbers there. (The gradient of ops.matmul would write out transposed copies.)"""
+    """x · y, either of them transposed on request; float32 in, float32 out.
+
+    With `amp`, "float16" or "bfloat16", x and y are rounded to that type and multiplied in it. The CPU cannot
+    multiply bfloat16: there the rounded numbers are multiplied as float32. A primitive and not ops.matmul, whose
+    gradient would write out transposed copies.
+    """
 
     def __init__(self, amp=None, transpose_x=False, transpose_y=False):
         super().__init__()
@@ -638,6 +641,9 @@ def export(args):
 # ---------------------------------------------------------------------------------------------------------
 
 
+LOSS_SCALE = {None: 1.0, "bfloat16": 1.0, "float16": 1024.0}  # the gradients of float16 become 0 below 6e-8
+
+
 def make_step(bilm, accumulators, slots, workers=1, loss_scale=1.0):
     """The whole training step as one static graph: forward, backward, clipping, Adagrad.
 
@@ -912,9 +918,6 @@ def train_steps(args, run, corpus, heldout, words, seed, signals):
             return print(f"stopped after step {run.step:,}, which is saved; to go on: python "
                          f"{shlex.join(args.argv)}{'' if args.resume else ' --resume'}", flush=True)
         log.go_on()
-
-
-LOSS_SCALE = {None: 1.0, "bfloat16": 1.0, "float16": 1024.0}  # the gradients of float16 become 0 below 6e-8
 
 
 def training_inputs(args, workers):

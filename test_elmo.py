@@ -358,12 +358,15 @@ def damage(path, start, content):
     lambda: damage("train.mindrecord", 0, b'\xff' * 4096),
     lambda: damage("train.mindrecord", 16 << 20, b'\xff' * (1 << 20)),
     lambda: damage("train.mindrecord.db", 4096, b'\xff' * 8192),
-], ids=str)
+    lambda: damage("train.mindrecord.db", 30_000, b'\xfe\xfd\xfc'),
+    lambda: damage("train.mindrecord", os.path.getsize("train.mindrecord") - 204, b'[4'),
+    lambda: damage("train.mindrecord", os.path.getsize("train.mindrecord") - 1, b'\x01'),
+], ids=lambda harm: inspect.getsource(harm).strip())
 def test_a_damaged_mindrecord_is_one_line(folder, harm):
     write(folder / "a.txt", GOOD * 500)
     assert data.main(["--input", "a.txt"]) == 0
     harm()
-    with pytest.raises(data.InputError, match=r"train\.mindrecord.*: (no such file|damaged|not from data\.py)"):
+    with pytest.raises(data.InputError, match=r"train\.mindrecord.*: (no such file|damaged)"):
         sentences_of()
 
 
@@ -2041,11 +2044,9 @@ def bad(trained, files, exported):
     for name, content in (("pickle", {"char_embed": np.array([print, {}], dtype=object)}), ("lacking", {"x": 1}),
                           ("shapes", {"char_embed": np.zeros((3, 3), np.float32)})):
         shutil.copytree(folder / "run", folder / f"run_{name}")
-        np.savez(folder / f"run_{name}" / "best.npz", **content, allow_pickle=True)
+        np.savez(folder / f"run_{name}" / "best.npz", **content)
     (folder / "binary").write_bytes(bytes(range(256)) * 4096)
-    (folder / "run_vocab").mkdir()
-    for name in os.listdir(folder / "run"):
-        (folder / "run_vocab" / name).write_bytes((folder / "run" / name).read_bytes())
+    shutil.copytree(folder / "run", folder / "run_vocab")
     (folder / "run_vocab" / "vocab").write_bytes(b"")
     (folder / "huge.json").write_text(with_value("lstm", "dim", 65536))
     return folder
