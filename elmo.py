@@ -1085,10 +1085,10 @@ def test(args):
 class Embedder:
     """The biLM's layers for any sentences: the same sentence always gets the same vectors.
 
-    Sentences of about one length are read side by side, a window at a time; every shape is fixed, so that nothing
-    is compiled twice, and each distinct word is encoded once.
+    Sentences are read side by side, one a row, a window at a time; where one has ended, the next window begins the
+    next. Every shape is fixed, so that nothing is compiled twice, and each distinct word is encoded once.
     """
-    ROWS, TIME = 128, 8  # of a window: short, since sentences leave the rest of their last one empty
+    ROWS, TIME = 256, 4  # of a window: short, since sentences leave the rest of their last one empty
     WORDS = 1 << 17      # so many word representations are kept for the next call
 
     def __init__(self, bilm):
@@ -1101,8 +1101,8 @@ class Embedder:
             return bilm.token_representations(chars, words, self.slots)
 
         @ms.jit
-        def read(x, state):
-            outputs, state = bilm.contextualize(x, state)
+        def read(x, fresh, state):
+            outputs, state = bilm.contextualize(x, state * (1 - fresh).reshape(-1, 1))
             return ops.stack([ops.stack(layers) for layers in outputs]), state  # [2, layers, time, rows, projection]
 
         self.encode, self.read = encode, read
@@ -1112,21 +1112,25 @@ class Embedder:
         layers, size = self.options.n_layers, self.options.projection
         ids = self.number_words([["<S>", *words, "</S>"] for words in sentences])
         results = [np.empty((layers + 1, len(n) - 2, 2 * size), np.float32) for n in ids]
-        order = sorted((k for k, words in enumerate(sentences) if words), key=lambda k: len(ids[k]))
-        for first in range(0, len(order), self.ROWS):
-            group, state = order[first:first + self.ROWS], zero_state(self.options, self.ROWS)
-            for start in range(0, len(ids[group[-1]]) - 1, self.TIME):
-                place = np.zeros((2, self.TIME, self.ROWS), np.int64)
-                for r, k in enumerate(group):
-                    for d, n in enumerate((ids[k], ids[k][::-1])):
-                        place[d, :len(n[start:start + self.TIME]), r] = n[start:start + self.TIME]
-                outputs, state = self.read(Tensor(self.vectors[place]), state)
-                outputs = outputs.asnumpy()
-                for r, k in enumerate(group):
-                    n = len(ids[k]) - 2
-                    here = np.arange(max(start, 1), min(start + self.TIME, n + 1))  # without <S> and </S>
-                    results[k][1:, here - 1, :size] = outputs[0, :, :, r][:, here - start]
-                    results[k][1:, n - here, size:] = outputs[1, :, :, r][:, here - start]
+        waiting = sorted((k for k, words in enumerate(sentences) if words), key=lambda k: len(ids[k]))
+        rows, state = [None] * self.ROWS, zero_state(self.options, self.ROWS)  # a row: sentence and position
+        while waiting or any(rows):
+            rows = [row or waiting and (waiting.pop(), 0) for row in rows]  # the longest first
+            reading = [(r, *row) for r, row in enumerate(rows) if row]
+            place, fresh = np.zeros((2, self.TIME, self.ROWS), np.int64), np.zeros(self.ROWS, np.float32)
+            for r, k, start in reading:
+                fresh[r] = start == 0
+                for d, n in enumerate((ids[k], ids[k][::-1])):
+                    window = n[start:start + self.TIME]
+                    place[d, :len(window), r] = window
+            outputs, state = self.read(Tensor(self.vectors[place]), Tensor(fresh), state)
+            outputs = outputs.asnumpy()
+            for r, k, start in reading:
+                n, end = len(ids[k]) - 2, start + self.TIME
+                here = np.arange(max(start, 1), min(end, n + 1))  # without <S> and </S>
+                results[k][1:, here - 1, :size] = outputs[0, :, :, r][:, here - start]
+                results[k][1:, n - here, size:] = outputs[1, :, :, r][:, here - start]
+                rows[r] = (k, end) if end <= n else None
         for n, result in zip(ids, results):
             result[0] = np.tile(self.vectors[n[1:-1]], 2)
         return results
