@@ -408,8 +408,7 @@ class Corpus:
 # ---- training batches: sentences in rows, their distinct words, and the negatives of the sampled softmax ---------
 
 class Rows:
-    """Sentences packed end to end into rows, `batch_size` for each worker, and cut into windows of `unroll_steps`
-    (an iterator).
+    """Sentences packed end to end into rows, `batch_size` for each worker, and cut into windows of `unroll_steps`.
 
     With a seed, the sentences are shuffled anew each epoch, without end; without, they come once, in the corpus'
     order, and the last windows are not full. `position` says where to go on; `position()` tells where we are.
@@ -445,32 +444,29 @@ class Rows:
             self.epoch, self.next = self.epoch + 1, 0
 
     def __iter__(self):
-        return self
-
-    def __next__(self):
-        """The next window: its distinct words (a list), which of them stands where, int32 [2, time, batch], the
+        """Yields windows: the distinct words (a list), which of them stands where, int32 [2, time, batch], the
         vocabulary id to predict there, int32 [2, time, batch], and whether there is one, bool [time, batch].
         Index 0 is the forward direction, 1 the backward, in its own reading order."""
-        number, place = {}, np.zeros((2, self.time, self.batch), np.int32)
-        target, real = np.zeros_like(place), np.zeros((self.time, self.batch), bool)
-        for r, (record, words, ids, start) in enumerate(self.rows):
-            t = 0
-            while t < self.time:
-                if start == len(words[0]) - 1:
-                    try:
-                        record, words, ids, start = next(self.sentences)
-                    except StopIteration:
-                        break
-                n = min(self.time - t, len(words[0]) - 1 - start)  # a sentence of n words has n + 1 predictions
-                for d in (0, 1):
-                    place[d, t:t + n, r] = [number.setdefault(w, len(number)) for w in words[d][start:start + n]]
-                    target[d, t:t + n, r] = ids[d][start + 1:start + n + 1]
-                real[t:t + n, r] = True
-                t, start = t + n, start + n
-            self.rows[r] = record, words, ids, start
-        if not number:
-            raise StopIteration
-        return list(number), place, target, real
+        while True:
+            index, place = {}, np.zeros((2, self.time, self.batch), np.int32)
+            target, real = np.zeros_like(place), np.zeros((self.time, self.batch), bool)
+            for r, (record, words, ids, start) in enumerate(self.rows):
+                t = 0
+                while t < self.time:
+                    if start == len(words[0]) - 1:
+                        if (sentence := next(self.sentences, None)) is None:
+                            break
+                        record, words, ids, start = sentence
+                    n = min(self.time - t, len(words[0]) - 1 - start)  # n words in a sentence: n + 1 predictions
+                    for d in (0, 1):
+                        place[d, t:t + n, r] = [index.setdefault(w, len(index)) for w in words[d][start:start + n]]
+                        target[d, t:t + n, r] = ids[d][start + 1:start + n + 1]
+                    real[t:t + n, r] = True
+                    t, start = t + n, start + n
+                self.rows[r] = record, words, ids, start
+            if not index:
+                return
+            yield list(index), place, target, real
 
 
 def read_both_ways(words, ids):
@@ -495,14 +491,16 @@ class Slots(NamedTuple):
             _, lengths = characters(words)
             counts = np.bincount(lengths, minlength=MAX_CHARS + 1)
             longer = np.maximum(longer, len(words) - counts.cumsum())
-        longer += longer // 20 + 16
+        longer += longer // 20 + 16  # some more, for windows with more words than these
         def tiers(limits):
             bounds = (0, *limits)
             rooms = [(int(longer[lower] - longer[upper]), upper) for lower, upper in zip(bounds, limits)]
             return [*filter(all, rooms), (int(longer[bounds[-1]]), MAX_CHARS)]
         shorter = range(1, MAX_CHARS - max(width for width, _ in options.filters) + 1)
         choices = itertools.combinations(shorter, min(3, len(shorter)))
-        return cls(tuple(min(map(tiers, choices), key=lambda t: sum(words * (length + 1) for words, length in t))))
+        def cost(tiers):  # a word of n characters is convolved at n + 1 positions, see elmo.CharEncoder
+            return sum(number * (length + 1) for number, length in tiers)
+        return cls(tuple(min(map(tiers, choices), key=cost)))
 
     def fill(self, words, place):
         """-> the characters of the words, each in a slot where it fits, int32 [slots, 50], and `place` changed to
@@ -541,7 +539,8 @@ def log_uniform_sample(rng, number, classes):
 
 
 def log_expected_count(k, draws, classes):
-    """log of how often class k is expected among the distinct classes found in so many draws, float [like k]."""
+    """log of how often class k is expected among the distinct classes found in so many draws, float [like k]:
+    log(1 - (1 - p_k)^draws)."""
     p = np.log((k + 2) / (k + 1)) / np.log(classes + 1)
     return np.log(-np.expm1(draws * np.log1p(-p)))
 
@@ -567,7 +566,7 @@ def make_batch(window, slots, classes, options, seed, step, worker=0):
     """
     words, place, target, _ = window
     o, mine = options, slice(worker * options.batch_size, (worker + 1) * options.batch_size)
-    rng = np.random.default_rng([seed, step, 1])
+    rng = np.random.default_rng([seed, step, 1])  # of the negatives, the same for every worker
     targets, target = target.reshape(2, -1), target[:, :, mine].reshape(2, -1)
     if o.sample_softmax:
         drawn, draws = zip(*(log_uniform_sample(rng, o.n_negative_samples_batch, classes) for _ in range(2)))
@@ -582,7 +581,7 @@ def make_batch(window, slots, classes, options, seed, step, worker=0):
     rows = np.concatenate((touched, np.setdiff1d(np.arange(size), touched)[:size - len(touched)]))
 
     place = place[:, :, mine]
-    here = np.unique(place)
+    here = np.unique(place)  # the distinct words of this worker's rows
     place = np.searchsorted(here, place)
     words = [words[k] for k in here]
     # A state that is carried for ever is one that the model never learns to begin from, as every test and embedding
@@ -599,8 +598,8 @@ def training_batches(corpus, slots, classes, options, seed, step=0, position=Non
     """The endless stream of training batches from `step` on: (rows, `Batch`, the stream's position after it).
     What is random about a batch depends on the seed, the step and the worker, so that a run can be resumed."""
     rows = Rows(corpus, options, seed, position, workers)
-    for step in itertools.count(step):
-        yield *make_batch(next(rows), slots, classes, options, seed, step, worker), rows.position()
+    for step, window in zip(itertools.count(step), rows):
+        yield *make_batch(window, slots, classes, options, seed, step, worker), rows.position()
 
 
 def ahead(iterator, number=2):
@@ -622,19 +621,22 @@ def ahead(iterator, number=2):
 
 # ---- command line ------------------------------------------------------------------------------------------
 
-def parse_arguments(argv):
-    """The command line's options; InputError where they make no sense."""
-    def fail(message):  # in one line, where argparse prints its usage first
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message):  # in one line, where argparse prints its usage first
         raise InputError(f"{message}; see --help")
 
-    def positive(text):
-        if int(text) < 1:
-            raise ValueError
-        return int(text)
 
-    parser = argparse.ArgumentParser(
+def natural(text, least=1):
+    """The type of arguments that are 1 or more."""
+    if not least <= int(text) < 1 << 40:
+        raise ValueError
+    return int(text)
+
+
+def parse_arguments(argv):
+    """The command line's options; InputError where they make no sense."""
+    parser = ArgumentParser(
         prog="data.py", description="Convert text to the MindRecord file that elmo.py trains from.")
-    parser.error = fail
     option = parser.add_argument
     option("--input", "--input_file", nargs="+", metavar="PATH", default=[],
            help="files, folders, globs, - for standard input; .gz is unpacked. UTF-8, one sentence a line, "
@@ -650,13 +652,13 @@ def parse_arguments(argv):
            help="vocabulary, one word a line (default: ./vocab, else the one beside data.py)")
     option("--build-vocab", action="store_true",
            help="write the vocabulary first: the input's words by frequency, those kept apart not counted")
-    option("--min-count", metavar="N", type=positive, default=3,
+    option("--min-count", metavar="N", type=natural, default=3,
            help="of words that occur at least N times (default: %(default)s)")
-    option("--max-vocab", metavar="N", type=positive, help="and no more of them than N, the most frequent")
+    option("--max-vocab", metavar="N", type=natural, help="and no more of them than N, the most frequent")
     option("--overwrite", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     if not 0 < args.heldout_share < 1:
-        fail(f"--heldout-share {args.heldout_share}: must lie between 0 and 1")
+        parser.error(f"--heldout-share {args.heldout_share}: must lie between 0 and 1")
     if not args.input:
         args.heldout = args.heldout or "heldout.mindrecord"
     if not args.vocab:
@@ -754,9 +756,14 @@ def convert(args):
         print(f"{path}: {writer.summary()}")
     print(f"{sum(writer.tokens for writer in writers) / seconds:,.0f} tokens a second, "
           f"{len(vocabulary):,} words in {args.vocab}")
-    order = frequency_order(writers[0].counts[len(SPECIAL):])
+    warn_of_order(writers[0].counts, args.vocab)
+
+
+def warn_of_order(counts, vocab):
+    """Warns where a vocabulary is not in the order of its words' counts in the text."""
+    order = frequency_order(counts[len(SPECIAL):])
     if order < 0.4:
-        print(f"WARNING: {args.vocab} is not in the order of frequency of this text (score {order:.2f}; the "
+        print(f"WARNING: {vocab} is not in the order of frequency of this text (score {order:.2f}; the "
               "best order has 1, a random one 0).\nWARNING: The sampled softmax takes the first words to be "
               "the most frequent: training will be poor. Sort them or use --build-vocab.", file=sys.stderr)
 

@@ -5,12 +5,15 @@
     python elmo.py  embed --input sentences.txt --output vectors.npz
 
 The paper                                        The machinery around it
-  1. Options         (supplement)                  7. Published weights
-  2. Character CNN   (section 3.1, 3.4)            8. One training step
-  3. LSTM with projection                          9. A run and its checkpoints
+  1. Options (section 3.4)                         7. Published options and weights
+  2. Character CNN (3.1, 3.4)                      8. One training step
+  3. LSTM with projection (3.1)                    9. A run and its checkpoints
   4. Bidirectional language model (3.1)           10. Train, test, embed
-  5. Sampled softmax                              11. Command line
+  5. Softmax, full and sampled (3.1)              11. Command line
   6. ELMo: the scalar mix (3.2, equation 1)
+
+For readers of PyTorch: in MindSpore an nn.Cell is a Module and construct its forward; ms.jit compiles a function to a
+static graph; bprop(inputs ..., out, dout) is a cell's own backward pass, which returns a gradient for each input.
 """
 import argparse
 import contextlib
@@ -32,8 +35,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import (MAX_CHARS, SPECIAL, Corpus, InputError, Rows, Slots, Vocabulary, ahead, char_ids,
-                  training_batches)  # before mindspore, whose log it quiets
+from data import (MAX_CHARS, SPECIAL, ArgumentParser, Corpus, InputError, Rows, Slots, Vocabulary, ahead, char_ids,
+                  natural, training_batches)  # before mindspore, whose log it quiets
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -43,25 +46,31 @@ from mindspore import Parameter, Tensor, nn, ops
 
 
 def option(place, default, *valid):
-    """A field of `Options`: where the published JSON keeps it, and the least and greatest value, or the strings."""
+    """A field of `Options`: its place in the published JSON, its least and greatest value (False and True are such,
+    too), or all of its values where they are strings."""
     return field(default=default, metadata={"place": place, "valid": valid})
 
 
 @dataclass(frozen=True)
 class Options:
     """The hyperparameters; the defaults are the paper's ("original")."""
-    filters: tuple = option("char_cnn.filters", (  # [width in characters, number of them], "2048 character n-gram
-        (1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024)))  # convolutional filters (section 3.4)
+    # "The context insensitive type representation uses 2048 character n-gram convolutional filters followed by two
+    # highway layers and a linear projection down to a 512 representation." (section 3.4)
+    filters: tuple = option("char_cnn.filters", (  # [width in characters, number of filters]
+        (1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024)))
     char_dim: int = option("char_cnn.embedding.dim", 16, 1, 1024)
     activation: str = option("char_cnn.activation", "relu", "relu", "tanh")
-    n_highway: int = option("char_cnn.n_highway", 2, 0, 16)      # followed by two highway layers
-    dim: int = option("lstm.dim", 4096, 1, 65536)                # L = 2 biLSTM layers with 4096 units
-    projection: int = option("lstm.projection_dim", 512, 1, 65536)  # and 512 dimension projections
+    n_highway: int = option("char_cnn.n_highway", 2, 0, 16)
+    # "The final model uses L = 2 biLSTM layers with 4096 units and 512 dimension projections and a residual connection
+    # from the first to second layer." (section 3.4)
     n_layers: int = option("lstm.n_layers", 2, 1, 16)
-    use_skip_connections: bool = option("lstm.use_skip_connections", True, False, True)  # and a residual connection"
+    dim: int = option("lstm.dim", 4096, 1, 65536)
+    projection: int = option("lstm.projection_dim", 512, 1, 65536)
+    use_skip_connections: bool = option("lstm.use_skip_connections", True, False, True)
+    # What follows is not in the paper but in its reference code, bilm-tf; what is about training may be lacking in a
+    # file of published options.
     cell_clip: float = option("lstm.cell_clip", 3.0, 0.01, 1e9)  # |c| of an LSTM never exceeds this,
     proj_clip: float = option("lstm.proj_clip", 3.0, 0.01, 1e9)  # and |h| not this
-    # What follows is about training; files of published weights may lack it.
     dropout: float = option("dropout", 0.1, 0.0, 0.99)
     batch_size: int = option("batch_size", 128, 1, 65536)        # rows of text, read side by side
     unroll_steps: int = option("unroll_steps", 20, 1, 1024)      # tokens of each row in a step; state goes on
@@ -74,10 +83,457 @@ class Options:
 
 
 SIZES = {"tiny": Options(filters=((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), n_highway=1, dim=256, projection=64,
-                         n_negative_samples_batch=1024, learning_rate=0.1),  # 0.2 needs more than its few steps
+                         n_negative_samples_batch=1024, learning_rate=0.1),  # 0.2 goes astray on little text
          "small": Options(n_highway=1, dim=1024, projection=128),
          "medium": Options(n_highway=1, dim=2048, projection=256),
          "original": Options()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Character CNN: a word's characters to a context-independent token representation x_k
+# ---------------------------------------------------------------------------------------------------------
+
+BEYOND = 262  # a place after a token's 50 characters, which no filter may reach
+
+
+class MaxOverTime(nn.Cell):
+    """A convolution and its maximum over the positions, m[n, f] = max_t  x[t, n] · kernel[:, f].
+
+    x [positions, words, window], kernel [window, filters] -> m [words, filters].
+    The scores of all positions at once would be by far the largest tensor of the model; position by position, each
+    is small enough for the processor's cache. The backward pass computes them again, rather than keep them, and knows
+    the position that won by its equality with the maximum: the same product has the same bits.
+    """
+
+    def __init__(self, amp=None):
+        super().__init__()
+        self.matmul, self.matmul_nt, self.matmul_tn = matmuls(amp)
+
+    def construct(self, x, kernel):
+        x = ops.unstack(x)
+        m = self.matmul(x[0], kernel)
+        for x_t in x[1:]:
+            m = ops.maximum(m, self.matmul(x_t, kernel))
+        return m
+
+    def bprop(self, x, kernel, m, dm):
+        dx, dkernel = (), ops.zeros_like(kernel)
+        for x_t in ops.unstack(x):
+            won = ops.select(self.matmul(x_t, kernel) == m, dm, ops.zeros_like(dm))
+            dm = dm - won  # a tie is won by its first position alone
+            dx += (self.matmul_nt(won, kernel),)
+            dkernel = dkernel + self.matmul_tn(x_t, won)
+        return ops.stack(dx), dkernel
+
+
+class CharEncoder(nn.Cell):
+    """x_k, the context-independent representation of a word (sections 3.1 and 3.4): its characters' embeddings -> CNN
+    -> maximum over time -> highway layers -> projection."""
+
+    def __init__(self, options, rng, amp=None):
+        super().__init__()
+        o, n = options, sum(number for _, number in options.filters)
+        uniform = lambda limit, *shape: rng.uniform(-limit, limit, shape)
+        normal = lambda fan_in, *shape: rng.normal(0, math.sqrt(1 / fan_in), shape)
+        self.filters, self.relu = o.filters, o.activation == "relu"
+        self.width = max(width for width, _ in o.filters)
+        self.char_embed = new_parameter("char_embed", uniform(1.0, 261, o.char_dim))
+        self.W_cnn = new_parameters("CNN/W_cnn_{}", [
+            uniform(0.05, 1, w, o.char_dim, k) if self.relu else normal(w * o.char_dim, 1, w, o.char_dim, k)
+            for w, k in o.filters])
+        self.b_cnn = new_parameters("CNN/b_cnn_{}", [np.zeros(k) for _, k in o.filters])
+        highways = range(o.n_highway)
+        self.W_carry = new_parameters("CNN_high_{}/W_carry", [normal(n, n, n) for _ in highways])
+        self.b_carry = new_parameters("CNN_high_{}/b_carry", [np.full(n, -2.0) for _ in highways])
+        self.W_transform = new_parameters("CNN_high_{}/W_transform", [normal(n, n, n) for _ in highways])
+        self.b_transform = new_parameters("CNN_high_{}/b_transform", [np.zeros(n) for _ in highways])
+        self.projection = ms.ParameterTuple([new_parameter("CNN_proj/W_proj", normal(n, n, o.projection)),
+                                             new_parameter("CNN_proj/b_proj", np.zeros(o.projection))])
+        self.max_over_time, self.matmul = MaxOverTime(amp), MatMul(amp)
+
+    def construct(self, *groups):
+        """Groups of words, int32 [words, 50] each (see data.char_ids) -> [words of all groups, projection].
+
+        A group of words of at most s characters may come as [words, s + widest filter]: every further window of
+        theirs would hold padding only, as the last one left does, so that the maximum is the same.
+        """
+        kernel = self.kernel()
+        x = ops.concat([self.max_over_time(self.windows(chars), kernel) for chars in groups])
+        x = x + ops.concat(list(self.b_cnn))  # after the maximum, which neither this nor the activation changes
+        x = ops.relu(x) if self.relu else tanh(x)  # [words, filters]
+        # Highway layers (Srivastava et al., 2015). g lets the transformed x pass, whatever the name of its weights in
+        # the published files; its bias begins at -2, so that x at first is carried through.
+        for W_c, b_c, W_t, b_t in zip(self.W_carry, self.b_carry, self.W_transform, self.b_transform):
+            g = ops.sigmoid(self.matmul(x, W_c) + b_c)
+            x = g * ops.relu(self.matmul(x, W_t) + b_t) + (1 - g) * x  # [words, filters]
+        W, b = self.projection
+        return self.matmul(x, W) + b  # [words, projection]
+
+    def windows(self, chars):
+        """The embedded characters that the filters see at each position, [positions, words, window], each with a mark:
+        1 where it is beyond the token's 50 characters, else 0."""
+        if chars.shape[1] == MAX_CHARS:
+            chars = ops.pad(chars, (0, self.width - 1), value=BEYOND)
+        words, positions = chars.shape[0], chars.shape[1] - self.width + 1
+        zero = ops.zeros((1, self.char_embed.shape[1]), ms.float32)  # row 0, a masked character, and BEYOND
+        marks = Tensor((np.arange(BEYOND + 1) == BEYOND).astype(np.float32)[:, None])
+        table = ops.concat((ops.concat((zero, self.char_embed, zero)), marks), 1)  # [characters, char_dim + 1]
+        chars = ops.stack([chars.T[k:k + positions] for k in range(self.width)], -1)  # [positions, words, width]
+        return ops.gather(table, chars, 0).reshape(positions, words, -1)
+
+    def kernel(self):
+        """All filters side by side, [window, filters]. Each is as wide as the widest: its further rows are zero. Its
+        own rows weigh the marks of `windows` with -1e4, so that no position where it reaches beyond the token wins.
+        """
+        kernel = ()
+        for (width, number), W in zip(self.filters, self.W_cnn):
+            out_of_reach = ops.full((width, 1, number), -1e4, dtype=ms.float32)
+            unused = ops.zeros((self.width - width, W.shape[2] + 1, number), ms.float32)
+            kernel += (ops.concat((ops.concat((W[0], out_of_reach), 1), unused)).reshape(-1, number),)
+        return ops.concat(kernel, 1)
+
+
+def tanh(x):
+    return 2 * ops.sigmoid(2 * x) - 1  # MindSpore's tanh is off by up to 1e-4 on the CPU, beyond |x| = 4
+
+
+class MatMul(nn.Cell):
+    """x · y, either of them transposed on request; float32 in, float32 out.
+
+    With `amp`, "float16" or "bfloat16", x and y are rounded to that type and multiplied in it. The CPU cannot
+    multiply bfloat16: there the rounded numbers are multiplied as float32. A primitive and not ops.matmul, whose
+    gradient would write out transposed copies.
+    """
+
+    def __init__(self, amp=None, transpose_x=False, transpose_y=False):
+        super().__init__()
+        self.matmul, self.amp = ops.MatMul(transpose_x, transpose_y), amp and getattr(ms, amp)
+        self.emulated = amp == "bfloat16" and ms.get_context("device_target") == "CPU"
+
+    def construct(self, x, y):
+        if self.amp is None:
+            return self.matmul(x, y)
+        x, y = x.astype(self.amp), y.astype(self.amp)
+        if self.emulated:
+            x, y = x.astype(ms.float32), y.astype(ms.float32)
+        return self.matmul(x, y).astype(ms.float32)
+
+
+def matmuls(amp=None):
+    """x · y, x · yᵀ and xᵀ · y."""
+    return MatMul(amp), MatMul(amp, transpose_y=True), MatMul(amp, transpose_x=True)
+
+
+def new_parameter(name, array):
+    return Parameter(Tensor(np.asarray(array, np.float32)), name=name)
+
+
+def new_parameters(names, arrays):
+    return ms.ParameterTuple([new_parameter(names.format(k), array) for k, array in enumerate(arrays)])
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. LSTM with projection
+# ---------------------------------------------------------------------------------------------------------
+
+
+class ProjectedLSTM(nn.Cell):
+    """One direction of one layer over a window of time steps: the LSTM of section 3.1, its output projected (Sak et
+    al., 2014). The forget gate's + 1 and the clips are bilm-tf's.
+
+        i, j, f, o = [x_t, h] · kernel + bias        (input gate, candidate, forget gate, output gate)
+        c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
+        h = clip((sigmoid(o) · tanh(c)) · projection)
+
+    x [time, batch, input], h [batch, projection], c [batch, dim], kernel [input + projection, 4 dim],
+    bias [4 dim], projection [dim, projection] -> h of every step [time, batch, projection], and again as a tuple; c of
+    every step, a tuple of [batch, dim]; what the backward pass needs. Only the first has a gradient, which does not go
+    back beyond the window. The own backward pass forms the gradient of each weight as one product over all steps.
+    """
+
+    def __init__(self, cell_clip, proj_clip, amp=None):
+        super().__init__()
+        self.cell_clip, self.proj_clip, self.bias_add = cell_clip, proj_clip, ops.BiasAdd()
+        self.matmul, self.matmul_nt, self.matmul_tn = matmuls(amp)
+
+    def construct(self, x, h, c, kernel, bias, projection):
+        time, batch, size = x.shape
+        W_x, W_h = kernel[:size], kernel[size:]
+        from_input = ops.unstack(self.bias_add(self.matmul(x.reshape(-1, size), W_x), bias).reshape(time, batch, -1))
+        hs, cs, gates = (), (), ()
+        for z in from_input:
+            i, j, f, o = ops.split(z + self.matmul(h, W_h), c.shape[1], 1)  # [batch, dim] each
+            i, j, f, o = ops.sigmoid(i), tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
+            c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
+            u = tanh(c)
+            m = o * u
+            h = ops.clamp(self.matmul(m, projection), -self.proj_clip, self.proj_clip)
+            hs, cs, gates = hs + (h,), cs + (c,), gates + ((i, j, f, o, u, m),)
+        return ops.stack(hs), hs, cs, gates
+
+    def bprop(self, x, h, c, kernel, bias, projection, out, dout):
+        time, batch, size = x.shape
+        W_x, W_h = kernel[:size], kernel[size:]
+        _, hs, cs, gates = out
+        dhs, dh, dc = ops.unstack(dout[0]), ops.zeros_like(h), ops.zeros_like(c)
+        dzs, dps = (), ()
+        for t in range(time - 1, -1, -1):
+            i, j, f, o, u, m = gates[t]
+            before = cs[t - 1] if t else c
+            dh = dhs[t] + dh
+            dp = ops.select(ops.abs(hs[t]) < self.proj_clip, dh, ops.zeros_like(dh))  # through the clip of h
+            dm = self.matmul_nt(dp, projection)
+            dc = dc + dm * o * (1 - u * u)  # m = o · u, u = tanh(c)
+            dc = ops.select(ops.abs(cs[t]) < self.cell_clip, dc, ops.zeros_like(dc))  # through the clip of c
+            # of the four gates before their sigmoids and the candidate before its tanh
+            dz = ops.concat((dc * j * i * (1 - i), dc * i * (1 - j * j), dc * before * f * (1 - f),
+                             dm * u * o * (1 - o)), 1)  # [batch, 4 dim]
+            dc, dh = dc * f, self.matmul_nt(dz, W_h)
+            dzs, dps = (dz,) + dzs, (dp,) + dps
+        dz = ops.concat(dzs)  # [time · batch, 4 dim]
+        x_and_h = ops.concat((x.reshape(-1, size), ops.concat((h,) + hs[:-1])), 1)
+        m = ops.concat([gate[-1] for gate in gates])
+        return (self.matmul_nt(dz, W_x).reshape(x.shape), ops.zeros_like(h), ops.zeros_like(c),
+                self.matmul_tn(x_and_h, dz), dz.sum(0), self.matmul_tn(m, ops.concat(dps)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. Bidirectional language model
+# ---------------------------------------------------------------------------------------------------------
+
+
+class BiLM(nn.Cell):
+    """"We tie the parameters for both the token representation (Θx) and Softmax layer (Θs) in the forward and backward
+    direction while maintaining separate parameters for the LSTMs in each direction" (section 3.1): the character
+    encoder and two times L layers of LSTMs; for Θs see `Softmax`.
+
+    options: an `Options`, or the path of a published options file; weight_file: published weights (.hdf5), or
+    None for the initial values of training, drawn from `seed`; amp: the type of the matrix products' operands, see
+    `MatMul`. Stateless: each call begins afresh.
+    """
+
+    def __init__(self, options, weight_file=None, seed=0, amp=None):
+        super().__init__()
+        self.options = o = options if isinstance(options, Options) else read_options(options)
+        rng = np.random.default_rng(seed)
+        self.encoder = CharEncoder(o, rng, amp)
+        glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
+        weights = []  # kernel, bias and projection of layer 0 forward, layer 0 backward, layer 1 forward, ...
+        for layer, direction in itertools.product(range(o.n_layers), range(2)):
+            cell = f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
+            weights += [new_parameter(cell + "W_0", glorot(2 * o.projection, 4 * o.dim)),
+                        new_parameter(cell + "B", np.zeros(4 * o.dim)),
+                        new_parameter(cell + "W_P_0", glorot(o.dim, o.projection))]
+        self.weights = ms.ParameterTuple(weights)
+        self.lstm = ProjectedLSTM(o.cell_clip, o.proj_clip, amp)
+        self.begin, self.end = (Tensor(char_ids(word)).reshape(1, 1, -1) for word in SPECIAL[:2])
+        if weight_file is not None:
+            load_weights(weight_file, self)
+
+    def construct(self, ids, state=None):
+        """ids int32 [batch, tokens, 50] from `data.batch_to_ids` -> (layers, mask, state).
+
+        layers: R_k = {h_k,j | j = 0, ..., L} (section 3.2), each [batch, tokens, 2 · projection], forward beside
+        backward; h_k,0 is the token representation twice. mask: bool [batch, tokens], where there is a token. state
+        [2, layers, batch, projection + dim]: the LSTMs' after each sentence's end, through which no gradient flows;
+        give it to the next call only if its sentences are to be read as going on from these. <S> and </S> are added,
+        and left out of the result.
+        """
+        o = self.options
+        batch, tokens, _ = ids.shape
+        ids = ops.concat((self.begin.tile((batch, 1, 1)), ids, ops.zeros((batch, 1, MAX_CHARS), ms.int32)), 1)
+        filled = (ids > 0).any(-1)  # [batch, tokens + 2]
+        mask, lengths = filled[:, 1:-1], filled.astype(ms.int32).sum(1).astype(ms.int32) + 1  # the sum is int64
+        is_end = ops.arange(tokens + 2).reshape(1, -1, 1) == (lengths - 1).reshape(-1, 1, 1)
+        ids = ops.where(is_end, self.end, ids)  # </S> right behind each sentence, [batch, tokens + 2, 50]
+        x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, tokens + 2, -1)
+        both = ops.stack((x, ops.reverse_sequence(x, lengths, 1, 0))).swapaxes(1, 2)  # [2, time, batch, projection]
+        state = zero_state(o, batch) if state is None else state
+        (forward, backward), state = self.contextualize(both, state, lengths=lengths)
+        layers = [ops.concat((x, x), -1)]
+        for f, b in zip(forward, backward):
+            b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, 1, 0)
+            layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, time, 2 · projection]
+        return [layer[:, 1:-1] * mask[:, :, None].astype(layer.dtype) for layer in layers], mask, state
+
+    def token_representations(self, chars, words, slots):
+        """Encodes each distinct word of a batch once: chars int32 [slots, 50], in the tiers of `data.Slots`, so that
+        short words come with few characters; words int32 [...], the slot of the word that stands there -> [...,
+        projection]."""
+        groups, first = [], 0
+        for number, longest in slots.tiers[:-1]:
+            groups.append(chars[first:first + number, :longest + self.encoder.width])
+            first += number
+        return ops.gather(self.encoder(*groups, chars[first:]), words, 0)
+
+    def contextualize(self, x, state, keep=None, lengths=None):
+        """The LSTM layers over one window -> h_1 ... h_L of each direction, [time, batch, projection]; the new state.
+
+        x [2, time, batch, projection], direction 1 in its own reading order; state [2, layers, batch, projection +
+        dim], h beside c; keep[layer][direction], bool [time, batch, projection], drops that layer's input; with
+        lengths, int32 [batch], the new state is that after each row's length, else after the last step.
+        """
+        o, outputs, states = self.options, [], []
+        for direction, (y, state_d) in enumerate(zip(ops.unstack(x), ops.unstack(state))):  # x[0] is slow, unstack not
+            layers = []
+            for layer, state_l in enumerate(ops.unstack(state_d)):
+                x_l = y if keep is None else drop(y, keep[layer][direction], o.dropout)
+                h, c = ops.split(state_l, [o.projection, o.dim], 1)
+                first = 3 * (2 * layer + direction)
+                y, hs, cs, _ = self.lstm(x_l, h, c, *self.weights[first:first + 3])
+                if layer > 0 and o.use_skip_connections:
+                    y = y + x_l  # "a residual connection from the first to second layer" (3.4), and so on upwards
+                layers.append(y)
+                states.append(ops.concat((last(hs, lengths), last(cs, lengths)), 1))
+            outputs.append(layers)
+        return outputs, ops.stack(states).reshape(state.shape)
+
+
+def last(steps, lengths):
+    """Of a tuple of [batch, n], a step each, the last, or that of each row's length, -> [batch, n]."""
+    if lengths is None:
+        return steps[-1]
+    return ops.gather_d(ops.stack(steps), 0, (lengths - 1).reshape(1, -1, 1).tile((1, 1, steps[0].shape[1])))[0]
+
+
+def drop(x, keep, rate):
+    return x * (keep.astype(x.dtype) * (1 / (1 - rate)))
+
+# ---------------------------------------------------------------------------------------------------------
+# 5. Softmax, full and sampled
+# ---------------------------------------------------------------------------------------------------------
+
+
+class LogSumExp(nn.Cell):
+    """log Σ_k exp(y · W_k + b_k): y [n, projection], W [classes, projection], b [classes] -> [n].
+
+    With its own backward pass, since the logits, [n, classes], are large, and adding something to each row or column
+    of them is as slow as the product that makes them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.softmax, self.log_softmax = ops.Softmax(), ops.LogSoftmax()
+        self.matmul, self.matmul_nt, self.matmul_tn = matmuls()
+
+    def construct(self, y, W, b):
+        x = self.logits(y, W, b)
+        return x[:, 0] - self.log_softmax(x)[:, 0]  # log p_0 = x_0 - log Σ_k exp x_k
+
+    def bprop(self, y, W, b, out, dout):
+        p = self.softmax(self.logits(y, W, b))
+        g = dout.reshape(-1, 1)
+        return g * self.matmul(p, W), self.matmul_tn(p, g * y), self.matmul_tn(p, g)[:, 0]
+
+    def logits(self, y, W, b):
+        """The bias is one more column of W."""
+        one = ops.ones((y.shape[0], 1), y.dtype)
+        return self.matmul_nt(ops.concat((y, one), 1), ops.concat((W, b.reshape(-1, 1)), 1))
+
+
+class Softmax(nn.Cell):
+    """"The top layer LSTM output ... is used to predict the next token t_k+1 with a Softmax layer" (section 3.1), of
+    parameters Θs for both directions: W [classes, projection], b [classes], a class for each word of the vocabulary."""
+
+    def __init__(self, classes, projection, seed=0):
+        super().__init__()
+        W = np.random.default_rng(seed).standard_normal((classes, projection), np.float32)
+        self.W = new_parameter("softmax/W", W * np.float32(math.sqrt(1 / projection)))
+        self.b = new_parameter("softmax/b", np.zeros(classes))
+        self.logsumexp = LogSumExp()
+
+    def construct(self, y, target):
+        """-log p(target) under the full softmax: y [n, projection], target int32 [n] -> [n]."""
+        at_once = max(1, 2 ** 25 // len(self.b))  # positions, so that the logits of a large vocabulary fit in memory
+        logsumexp = ops.concat([self.logsumexp(y[k:k + at_once], self.W, self.b) for k in range(0, len(y), at_once)])
+        return logsumexp - (y * self.W[target]).sum(1) - self.b[target]
+
+
+class SampledSoftmaxLoss(nn.Cell):
+    """Mean over the positions of log(exp t + Σ_k exp s_k) - t, with t the target's logit and s_k those of the drawn
+    negatives (Jean et al., 2015); from both, the log of the class's expected count is subtracted.
+
+    A target that was drawn too must not stand in the sum twice ("accidental hit"). There it has the very logit t,
+    so that it is enough not to add exp t again.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.logsumexp = LogSumExp()
+
+    def construct(self, y, W, b, target, drawn, target_log_q, drawn_log_q, undrawn):
+        """y [n, projection], W [rows, projection], b [rows]; target [n] and drawn [N], numbers of rows, and the logs
+        of their expected counts; undrawn bool [n], where the target is not among the drawn -> a scalar."""
+        t = (y * W[target]).sum(1) + b[target] - target_log_q  # [n]
+        s = self.logsumexp(y, W[drawn], b[drawn] - drawn_log_q)  # [n]
+        m = ops.stop_gradient(ops.maximum(s, t))
+        return (ops.log(ops.exp(s - m) + undrawn.astype(y.dtype) * ops.exp(t - m)) + m - t).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 6. ELMo: a task-specific combination of the biLM's layers (section 3.2)
+# ---------------------------------------------------------------------------------------------------------
+
+
+class ScalarMix(nn.Cell):
+    """Equation 1: ELMo_k = γ Σ_j s_j h_{k,j}, s = softmax(w).
+
+    w and γ are trained with the task. "... to regularize the ELMo weights by adding λ‖w‖² to the loss" (section 3.3)
+    is one line of the task: `loss + lam * (mix.scalar_parameters ** 2).sum()`; section 5.1 compares λ = 1, nearly an
+    average of the layers, with 0.001.
+    """
+
+    def __init__(self, mixture_size, do_layer_norm=False):
+        super().__init__()
+        self.do_layer_norm = do_layer_norm
+        self.scalar_parameters = new_parameter("scalar_parameters", np.zeros(mixture_size))
+        self.gamma = new_parameter("gamma", np.ones(1))
+
+    def construct(self, layers):
+        """layers: `mixture_size` tensors of one shape [..., n] -> [..., n]."""
+        s = ops.softmax(self.scalar_parameters, 0)
+        if self.do_layer_norm:
+            layers = [layer_norm(h) for h in layers]
+        return self.gamma * sum([s[j] * h for j, h in enumerate(layers)])
+
+
+def layer_norm(h):
+    """"In some cases it also helped to apply layer normalization ... to each biLM layer before weighting" (section
+    3.2): each token by itself, where AllenNLP takes one mean and variance of all tokens of the batch."""
+    centered = h - h.mean(-1, keep_dims=True)
+    return centered / ops.sqrt(ops.square(centered).mean(-1, keep_dims=True) + 1e-12)
+
+
+class Elmo(nn.Cell):
+    """ELMo vectors as a layer of a task's network (section 3.3), with the names of AllenNLP's `Elmo`.
+
+    options_file, weight_file: published files; num_output_representations: how many mixes of the layers, each with
+    its own s and γ; dropout: of the vectors, after `set_train()`; requires_grad: train the biLM too; do_layer_norm:
+    see `layer_norm`. Unlike AllenNLP's it keeps no state between calls.
+    """
+
+    def __init__(self, options_file, weight_file, num_output_representations=1, dropout=0.5, requires_grad=False,
+                 do_layer_norm=False):
+        super().__init__()
+        self.bilm = BiLM(options_file, weight_file)
+        for p in self.bilm.get_parameters():
+            p.requires_grad = requires_grad
+        self.requires_grad = requires_grad
+        mixes = [ScalarMix(self.bilm.options.n_layers + 1, do_layer_norm) for _ in range(num_output_representations)]
+        self.scalar_mixes = nn.CellList(mixes)
+        self.dropout = nn.Dropout(p=dropout)
+
+    def construct(self, ids):
+        """ids int32 [batch, tokens, 50] from `data.batch_to_ids` -> {'elmo_representations': one [batch, tokens,
+        2 · projection] for each mix, 'mask': bool [batch, tokens]}."""
+        layers, mask, _ = self.bilm(ids)
+        if not self.requires_grad:  # "we first freeze the weights of the biLM" (3.3); there is no backward pass then
+            layers = [ops.stop_gradient(layer) for layer in layers]
+        return {"elmo_representations": [self.dropout(mix(layers)) for mix in self.scalar_mixes], "mask": mask}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 7. Published options and weights
+# ---------------------------------------------------------------------------------------------------------
 
 
 def read_options(path):
@@ -138,446 +594,16 @@ def as_json(options, **run):
     content = {"char_cnn": {"max_characters_per_token": MAX_CHARS, "n_characters": 262}}
     for f in fields(Options):
         *outer, key = f.metadata["place"].split(".")
-        place = functools.reduce(lambda place, part: place.setdefault(part, {}), outer, content)
-        place[key] = getattr(options, f.name)
-    return json.loads(json.dumps({**content, **({"run": run} if run else {})}))
+        node = content
+        for name in outer:
+            node = node.setdefault(name, {})
+        node[key] = getattr(options, f.name)
+    return json.loads(json.dumps({**content, **({"run": run} if run else {})}))  # tuples become lists, as read back
 
 
 def write_json(path, content):
     with written(path) as draft, open(draft, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 2. Character CNN: a word's characters to a context-independent token representation x_k
-# ---------------------------------------------------------------------------------------------------------
-
-BEYOND = 262  # a place after a token's 50 characters, which no filter may reach
-
-
-class MaxOverTime(nn.Cell):
-    """A convolution and its maximum over the positions, m[n, f] = max_t  x[t, n] · kernel[:, f].
-
-    x [positions, words, window], kernel [window, filters] -> m [words, filters].
-    The scores of all positions at once would be by far the largest tensor of the model; position by position, each
-    is small enough for the processor's cache. The backward pass asks for the very same products again.
-    """
-
-    def __init__(self, amp=None):
-        super().__init__()
-        self.matmul, self.matmul_nt, self.matmul_tn = products(amp)
-
-    def construct(self, x, kernel):
-        x = ops.unstack(x)
-        m = self.matmul(x[0], kernel)
-        for x_t in x[1:]:
-            m = ops.maximum(m, self.matmul(x_t, kernel))
-        return m
-
-    def bprop(self, x, kernel, m, dm):
-        dx, dkernel = (), ops.zeros_like(kernel)
-        for x_t in ops.unstack(x):
-            won = ops.select(self.matmul(x_t, kernel) == m, dm, ops.zeros_like(dm))
-            dm = dm - won  # a tie is won by its first position alone
-            dx += (self.matmul_nt(won, kernel),)
-            dkernel = dkernel + self.matmul_tn(x_t, won)
-        return ops.stack(dx), dkernel
-
-
-class CharEncoder(nn.Cell):
-    """Characters of a word -> embeddings -> CNN, max over time -> highway layers -> projection."""
-
-    def __init__(self, options, rng, amp=None):
-        super().__init__()
-        o, n = options, sum(number for _, number in options.filters)
-        uniform = lambda limit, *shape: rng.uniform(-limit, limit, shape)
-        normal = lambda fan_in, *shape: rng.normal(0, math.sqrt(1 / fan_in), shape)
-        self.filters, self.relu = o.filters, o.activation == "relu"
-        self.width = max(width for width, _ in o.filters)
-        self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))
-        self.W_cnn = parameters("CNN/W_cnn_{}", [
-            uniform(0.05, 1, w, o.char_dim, k) if self.relu else normal(w * o.char_dim, 1, w, o.char_dim, k)
-            for w, k in o.filters])
-        self.b_cnn = parameters("CNN/b_cnn_{}", [np.zeros(k) for _, k in o.filters])
-        highways = range(o.n_highway)
-        self.W_carry = parameters("CNN_high_{}/W_carry", [normal(n, n, n) for _ in highways])
-        self.b_carry = parameters("CNN_high_{}/b_carry", [np.full(n, -2.0) for _ in highways])
-        self.W_transform = parameters("CNN_high_{}/W_transform", [normal(n, n, n) for _ in highways])
-        self.b_transform = parameters("CNN_high_{}/b_transform", [np.zeros(n) for _ in highways])
-        self.projection = ms.ParameterTuple([parameter("CNN_proj/W_proj", normal(n, n, o.projection)),
-                                             parameter("CNN_proj/b_proj", np.zeros(o.projection))])
-        self.max_over_time, self.matmul = MaxOverTime(amp), Product(amp)
-
-    def construct(self, *groups):
-        """Groups of words, int32 [words, 50] each (see data.char_ids) -> [words of all groups, projection].
-
-        A group of words of at most s ids may come as [words, s + filter width]: every further window of theirs
-        would hold padding only, as the last one left does, so that the maximum is the same.
-        """
-        kernel = self.kernel()
-        x = ops.concat([self.max_over_time(self.windows(chars), kernel) for chars in groups])
-        x = x + ops.concat(list(self.b_cnn))
-        x = ops.relu(x) if self.relu else tanh(x)  # [words, filters]
-        for W_c, b_c, W_t, b_t in zip(self.W_carry, self.b_carry, self.W_transform, self.b_transform):
-            g = ops.sigmoid(self.matmul(x, W_c) + b_c)
-            x = g * ops.relu(self.matmul(x, W_t) + b_t) + (1 - g) * x  # [words, filters]
-        W, b = self.projection
-        return self.matmul(x, W) + b  # [words, projection]
-
-    def windows(self, chars):
-        """The embedded characters that the filters see at each position, [positions, words, window]."""
-        if chars.shape[1] == MAX_CHARS:
-            chars = ops.pad(chars, (0, self.width - 1), value=BEYOND)
-        words, positions = chars.shape[0], chars.shape[1] - self.width + 1
-        # Row 0 of the table is a masked character, all zero; the last column marks the places beyond the token.
-        zero = ops.zeros((1, self.char_embed.shape[1]), ms.float32)
-        marks = Tensor(np.eye(1, BEYOND + 1, BEYOND, dtype=np.float32).T)
-        table = ops.concat((ops.concat((zero, self.char_embed, zero)), marks), 1)  # [characters, char_dim + 1]
-        chars = ops.stack([chars.T[k:k + positions] for k in range(self.width)], -1)  # [positions, words, width]
-        return ops.gather(table, chars, 0).reshape(positions, words, -1)
-
-    def kernel(self):
-        """All filters side by side, [window, filters]: each as wide as the widest, its further rows being zero."""
-        kernel = ()
-        for (width, number), W in zip(self.filters, self.W_cnn):
-            out_of_reach = ops.full((width, 1, number), -1e4, dtype=ms.float32)
-            unused = ops.zeros((self.width - width, W.shape[2] + 1, number), ms.float32)
-            kernel += (ops.concat((ops.concat((W[0], out_of_reach), 1), unused)).reshape(-1, number),)
-        return ops.concat(kernel, 1)
-
-
-def tanh(x):
-    return 2 * ops.sigmoid(2 * x) - 1  # MindSpore's tanh is off by up to 1e-4 on the CPU, beyond |x| = 4
-
-
-class Product(nn.Cell):
-    """x · y, either of them transposed on request; float32 in, float32 out.
-
-    With `amp`, "float16" or "bfloat16", x and y are rounded to that type and multiplied in it. The CPU cannot
-    multiply bfloat16: there the rounded numbers are multiplied as float32. A primitive and not ops.matmul, whose
-    gradient would write out transposed copies.
-    """
-
-    def __init__(self, amp=None, transpose_x=False, transpose_y=False):
-        super().__init__()
-        self.matmul, self.amp = ops.MatMul(transpose_x, transpose_y), amp and getattr(ms, amp)
-        self.emulated = amp == "bfloat16" and ms.get_context("device_target") == "CPU"
-
-    def construct(self, x, y):
-        if self.amp is None:
-            return self.matmul(x, y)
-        x, y = x.astype(self.amp), y.astype(self.amp)
-        if self.emulated:
-            x, y = x.astype(ms.float32), y.astype(ms.float32)
-        return self.matmul(x, y).astype(ms.float32)
-
-
-def products(amp=None):
-    """x · y, x · yᵀ and xᵀ · y."""
-    return Product(amp), Product(amp, transpose_y=True), Product(amp, transpose_x=True)
-
-
-def parameter(name, array):
-    return Parameter(Tensor(np.asarray(array, np.float32)), name=name)
-
-
-def parameters(names, arrays):
-    return ms.ParameterTuple([parameter(names.format(k), array) for k, array in enumerate(arrays)])
-
-# ---------------------------------------------------------------------------------------------------------
-# 3. LSTM with projection
-# ---------------------------------------------------------------------------------------------------------
-
-
-class ProjectedLSTM(nn.Cell):
-    """One direction of one layer over a window of time steps.
-
-        i, j, f, o = [x_t, h] · kernel + bias        (input gate, candidate, forget gate, output gate)
-        c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
-        h = clip((sigmoid(o) · tanh(c)) · projection)
-
-    x [time, batch, input], h [batch, projection], c [batch, dim], kernel [input + projection, 4 dim],
-    bias [4 dim], projection [dim, projection] -> h of every step [time, batch, projection], c of every step
-    (a tuple of [batch, dim]), and what the backward pass needs. Gradients do not go back beyond the window.
-    Its own backward pass forms the gradient of each weight as one product over all steps.
-    """
-
-    def __init__(self, cell_clip, proj_clip, amp=None):
-        super().__init__()
-        self.cell_clip, self.proj_clip, self.bias_add = cell_clip, proj_clip, ops.BiasAdd()
-        self.matmul, self.matmul_nt, self.matmul_tn = products(amp)
-
-    def construct(self, x, h, c, kernel, bias, projection):
-        time, batch, size = x.shape
-        W_x, W_h = kernel[:size], kernel[size:]
-        from_input = ops.unstack(self.bias_add(self.matmul(x.reshape(-1, size), W_x), bias).reshape(time, batch, -1))
-        hs, cs, gates = (), (), ()
-        for z in from_input:
-            i, j, f, o = ops.split(z + self.matmul(h, W_h), c.shape[1], 1)  # [batch, dim] each
-            i, j, f, o = ops.sigmoid(i), tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
-            c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
-            u = tanh(c)
-            m = o * u
-            h = ops.clamp(self.matmul(m, projection), -self.proj_clip, self.proj_clip)
-            hs, cs, gates = hs + (h,), cs + (c,), gates + ((i, j, f, o, u, m),)
-        return ops.stack(hs), hs, cs, gates
-
-    def bprop(self, x, h, c, kernel, bias, projection, out, dout):
-        time, batch, size = x.shape
-        W_x, W_h = kernel[:size], kernel[size:]
-        _, hs, cs, gates = out
-        dhs, dh, dc = ops.unstack(dout[0]), ops.zeros_like(h), ops.zeros_like(c)
-        dzs, dps = (), ()
-        for t in range(time - 1, -1, -1):
-            i, j, f, o, u, m = gates[t]
-            before = cs[t - 1] if t else c
-            dh = dhs[t] + dh
-            dp = ops.select(ops.abs(hs[t]) < self.proj_clip, dh, ops.zeros_like(dh))
-            dm = self.matmul_nt(dp, projection)
-            dc = dc + dm * o * (1 - u * u)
-            dc = ops.select(ops.abs(cs[t]) < self.cell_clip, dc, ops.zeros_like(dc))
-            dz = ops.concat((dc * j * i * (1 - i), dc * i * (1 - j * j), dc * before * f * (1 - f),
-                             dm * u * o * (1 - o)), 1)  # [batch, 4 dim]
-            dc, dh = dc * f, self.matmul_nt(dz, W_h)
-            dzs, dps = (dz,) + dzs, (dp,) + dps
-        dz = ops.concat(dzs)  # [time · batch, 4 dim]
-        x_and_h = ops.concat((x.reshape(-1, size), ops.concat((h,) + hs[:-1])), 1)
-        ms_ = ops.concat([gate[5] for gate in gates])
-        return (self.matmul_nt(dz, W_x).reshape(x.shape), ops.zeros_like(h), ops.zeros_like(c),
-                self.matmul_tn(x_and_h, dz), dz.sum(0), self.matmul_tn(ms_, ops.concat(dps)))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 4. Bidirectional language model
-# ---------------------------------------------------------------------------------------------------------
-
-
-class BiLM(nn.Cell):
-    """The character encoder, shared by both directions, and L layers of LSTMs for each (section 3.1).
-
-    options: an `Options`, or the path of a published options file; weight_file: published weights (.hdf5), or
-    None for the initial values of training, drawn from `seed`; amp: the type of the matrix products' operands, see
-    `Product`. Stateless: each call begins afresh.
-    """
-
-    def __init__(self, options, weight_file=None, seed=0, amp=None):
-        super().__init__()
-        self.options = o = options if isinstance(options, Options) else read_options(options)
-        rng = np.random.default_rng(seed)
-        self.encoder = CharEncoder(o, rng, amp)
-        glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        weights = []  # kernel, bias and projection of layer 0 forward, layer 0 backward, layer 1 forward, ...
-        for layer, direction in itertools.product(range(o.n_layers), range(2)):
-            cell = f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
-            weights += [parameter(cell + "W_0", glorot(2 * o.projection, 4 * o.dim)),
-                        parameter(cell + "B", np.zeros(4 * o.dim)),
-                        parameter(cell + "W_P_0", glorot(o.dim, o.projection))]
-        self.weights = ms.ParameterTuple(weights)
-        self.lstm = ProjectedLSTM(o.cell_clip, o.proj_clip, amp)
-        self.begin, self.end = (Tensor(char_ids(word)).reshape(1, 1, -1) for word in SPECIAL[:2])
-        if weight_file is not None:
-            load_weights(weight_file, self)
-
-    def construct(self, ids, state=None):
-        """ids int32 [batch, tokens, 50] from `data.batch_to_ids` -> (layers, mask, state).
-
-        layers: h_0 ... h_L of equation 1, each [batch, tokens, 2 · projection], forward beside backward; h_0 is the
-        token representation twice. mask: bool [batch, tokens], where there is a token. state [2, layers, batch,
-        projection + dim]: the LSTMs' after each sentence's end; give it to the next call only if the next
-        sentences are to be read as going on from these. <S> and </S> are added, and left out of the result.
-        """
-        o = self.options
-        batch, tokens, _ = ids.shape
-        ids = ops.concat((self.begin.tile((batch, 1, 1)), ids, ops.zeros((batch, 1, MAX_CHARS), ms.int32)), 1)
-        filled = (ids > 0).any(-1)  # [batch, tokens + 2]
-        mask, lengths = filled[:, 1:-1], filled.astype(ms.int32).sum(1).astype(ms.int32) + 1
-        is_end = ops.arange(tokens + 2).reshape(1, -1, 1) == (lengths - 1).reshape(-1, 1, 1)
-        ids = ops.where(is_end, self.end, ids)
-        x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, tokens + 2, -1)
-        both = ops.stack((x, ops.reverse_sequence(x, lengths, 1, 0))).swapaxes(1, 2)  # [2, time, batch, projection]
-        state = zero_state(o, batch) if state is None else state
-        (forward, backward), state = self.contextualize(both, state, lengths=lengths)
-        layers = [ops.concat((x, x), -1)]
-        for f, b in zip(forward, backward):
-            b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, 1, 0)
-            layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, time, 2 · projection]
-        return [layer[:, 1:-1] * mask[:, :, None].astype(layer.dtype) for layer in layers], mask, state
-
-    def token_representations(self, chars, words, slots):
-        """The characters of distinct words in `data.Slots`, int32 [slots, 50], and which of them stands where, int32
-        [...] -> [..., projection]: each word of a batch is encoded once."""
-        groups, first = [], 0
-        for number, longest in slots.tiers[:-1]:
-            groups.append(chars[first:first + number, :longest + self.encoder.width])
-            first += number
-        return ops.gather(self.encoder(*groups, chars[first:]), words, 0)
-
-    def contextualize(self, x, state, keep=None, lengths=None):
-        """The LSTM layers over a window of time: x [2, time, batch, projection], direction 1 in its own reading
-        order, state [2, layers, batch, projection + dim] (h beside c), keep (dropout) [layer][direction] bool [time,
-        batch, projection] or None -> h_1 ... h_L of each direction, [time, batch, projection], without dropout;
-        the state after the last step, or after each row's length.
-        """
-        o, outputs, states = self.options, [], []
-        for direction, (y, state_d) in enumerate(zip(ops.unstack(x), ops.unstack(state))):  # x[0] is slow, unstack not
-            layers = []
-            for layer, state_l in enumerate(ops.unstack(state_d)):
-                x_l = y if keep is None else drop(y, keep[layer][direction], o.dropout)
-                h, c = ops.split(state_l, [o.projection, o.dim], 1)
-                first = 3 * (2 * layer + direction)
-                y, hs, cs, _ = self.lstm(x_l, h, c, *self.weights[first:first + 3])
-                if layer > 0 and o.use_skip_connections:
-                    y = y + x_l  # "a residual connection from the first to second layer" (section 3.4)
-                layers.append(y)
-                states.append(ops.concat((last(hs, lengths), last(cs, lengths)), 1))
-            outputs.append(layers)
-        return outputs, ops.stack(states).reshape(state.shape)
-
-
-def last(steps, lengths):
-    """Of a tuple of [batch, n], a step each, the last, or that of each row's length, -> [batch, n]."""
-    if lengths is None:
-        return steps[-1]
-    return ops.gather_d(ops.stack(steps), 0, (lengths - 1).reshape(1, -1, 1).tile((1, 1, steps[0].shape[1])))[0]
-
-
-def drop(x, keep, rate):
-    return x * (keep.astype(x.dtype) * (1 / (1 - rate)))
-
-# ---------------------------------------------------------------------------------------------------------
-# 5. Softmax, full and sampled
-# ---------------------------------------------------------------------------------------------------------
-
-
-class LogSumExp(nn.Cell):
-    """log Σ_k exp(y · W_k + b_k): y [n, projection], W [words, projection], b [words] -> [n].
-
-    With its own backward pass, since the logits, [n, words], are large, and adding something to each row or column
-    of them is as slow as the product that makes them.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.softmax, self.log_softmax = ops.Softmax(), ops.LogSoftmax()
-        self.matmul, self.matmul_nt, self.matmul_tn = products()
-
-    def construct(self, y, W, b):
-        x = self.logits(y, W, b)
-        return x[:, 0] - self.log_softmax(x)[:, 0]  # log p_0 = x_0 - log Σ_k exp x_k
-
-    def bprop(self, y, W, b, out, dout):
-        p = self.softmax(self.logits(y, W, b))
-        g = dout.reshape(-1, 1)
-        return g * self.matmul(p, W), self.matmul_tn(p, g * y), self.matmul_tn(p, g)[:, 0]
-
-    def logits(self, y, W, b):
-        """The bias is one more column of W."""
-        one = ops.ones((y.shape[0], 1), y.dtype)
-        return self.matmul_nt(ops.concat((y, one), 1), ops.concat((W, b.reshape(-1, 1)), 1))
-
-
-class Softmax(nn.Cell):
-    """The output layer that both directions share: W [words, projection] and b [words]."""
-
-    def __init__(self, words, projection, seed=0):
-        super().__init__()
-        W = np.random.default_rng(seed).standard_normal((words, projection), np.float32)
-        self.W = parameter("softmax/W", W * np.float32(math.sqrt(1 / projection)))
-        self.b = parameter("softmax/b", np.zeros(words))
-        self.logsumexp = LogSumExp()
-
-    def construct(self, y, target):
-        """-log p(target) under the full softmax: y [n, projection], target int32 [n] -> [n]."""
-        at_once = max(1, 2 ** 25 // len(self.b))  # positions, so that the logits of a large vocabulary fit in memory
-        logsumexp = ops.concat([self.logsumexp(y[k:k + at_once], self.W, self.b) for k in range(0, len(y), at_once)])
-        return logsumexp - (y * self.W[target]).sum(1) - self.b[target]
-
-
-class SampledSoftmaxLoss(nn.Cell):
-    """Mean over the positions of log(exp t + Σ_k exp s_k) - t, with t the target's logit and s_k those of the drawn
-    negatives (Jean et al., 2015); from both, the log of the class's expected count is subtracted.
-
-    A target that was drawn too must not stand in the sum twice ("accidental hit"). There it has the very logit t,
-    so that it is enough not to add exp t again.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.logsumexp = LogSumExp()
-
-    def construct(self, y, W, b, target, drawn, target_log_q, drawn_log_q, undrawn):
-        """y [n, projection], W [rows, projection], b [rows]; target [n] and drawn [N], numbers of rows, and the logs
-        of their expected counts; undrawn bool [n], where the target is not among the drawn -> a scalar."""
-        t = (y * W[target]).sum(1) + b[target] - target_log_q  # [n]
-        s = self.logsumexp(y, W[drawn], b[drawn] - drawn_log_q)  # [n]
-        m = ops.stop_gradient(ops.maximum(s, t))
-        return (ops.log(ops.exp(s - m) + undrawn.astype(y.dtype) * ops.exp(t - m)) + m - t).mean()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 6. ELMo: a task-specific combination of the biLM's layers (section 3.2)
-# ---------------------------------------------------------------------------------------------------------
-
-
-class ScalarMix(nn.Cell):
-    """Equation 1: ELMo_k = γ Σ_j s_j h_{k,j}, s = softmax(w).
-
-    w and γ are trained with the task. The paper's regularization of w towards equal s_j is one line of the task's
-    loss: `loss + lam * (mix.scalar_parameters ** 2).sum()` (appendix A.2 uses lam 0.001 to 0.1).
-    """
-
-    def __init__(self, mixture_size, do_layer_norm=False):
-        super().__init__()
-        self.do_layer_norm = do_layer_norm
-        self.scalar_parameters = parameter("scalar_parameters", np.zeros(mixture_size))
-        self.gamma = parameter("gamma", np.ones(1))
-
-    def construct(self, layers):
-        """layers: `mixture_size` tensors of one shape [..., n] -> [..., n]."""
-        s = ops.softmax(self.scalar_parameters, 0)
-        total = 0.0
-        for j, h in enumerate(layers):
-            total = total + s[j] * (layer_norm(h) if self.do_layer_norm else h)
-        return self.gamma * total
-
-
-def layer_norm(h):
-    """"it also helped to apply layer normalization to each biLM layer before weighting": each token by itself."""
-    centered = h - h.mean(-1, keep_dims=True)
-    return centered / ops.sqrt(ops.square(centered).mean(-1, keep_dims=True) + 1e-12)
-
-
-class Elmo(nn.Cell):
-    """ELMo vectors as a layer of a task's network, with the names and the behaviour of AllenNLP's `Elmo`.
-
-    options_file, weight_file: published files; num_output_representations: how many mixes of the layers, each with
-    its own s and γ; dropout: of the vectors while training; requires_grad: train the biLM too; do_layer_norm:
-    normalize the layers before they are mixed. Unlike AllenNLP's it keeps no state between calls.
-    """
-
-    def __init__(self, options_file, weight_file, num_output_representations=1, dropout=0.5, requires_grad=False,
-                 do_layer_norm=False):
-        super().__init__()
-        self.bilm = BiLM(options_file, weight_file)
-        for p in self.bilm.get_parameters():
-            p.requires_grad = requires_grad
-        self.requires_grad = requires_grad
-        mixes = [ScalarMix(self.bilm.options.n_layers + 1, do_layer_norm) for _ in range(num_output_representations)]
-        self.scalar_mixes = nn.CellList(mixes)
-        self.dropout = nn.Dropout(p=dropout)
-
-    def construct(self, ids):
-        """ids int32 [batch, tokens, 50] from `data.batch_to_ids` -> {'elmo_representations': one [batch, tokens,
-        2 · projection] for each mix, 'mask': bool [batch, tokens]}."""
-        layers, mask, _ = self.bilm(ids)
-        if not self.requires_grad:
-            layers = [ops.stop_gradient(layer) for layer in layers]
-        return {"elmo_representations": [self.dropout(mix(layers)) for mix in self.scalar_mixes], "mask": mask}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 7. Published weights
-# ---------------------------------------------------------------------------------------------------------
 
 
 def import_h5py(path):
@@ -588,27 +614,27 @@ def import_h5py(path):
     return h5py
 
 
-def published_name(parameter):
+def published_name(p):
     """A parameter's name in the published files: its own, less what the cells around it prefix."""
-    return parameter.name.rpartition(".")[2]
+    return p.name.rpartition(".")[2]
 
 
 def load_weights(path, cell, optional=False):
     """Reads a cell's parameters from a published .hdf5. InputError where one is missing or of another shape;
     with `optional`, False is returned where all are missing."""
     h5py = import_h5py(path)
-    parameters = {published_name(p): p for p in cell.get_parameters()}
+    wanted = {published_name(p): p for p in cell.get_parameters()}
     try:
         with h5py.File(path, "r") as file:
-            if optional and not any(name in file for name in parameters):
+            if optional and not any(name in file for name in wanted):
                 return False
-            for name, p in parameters.items():
+            for name, p in wanted.items():
                 if not isinstance(file.get(name), h5py.Dataset):
                     raise InputError(f"{path}: has no dataset {name}, which these options ask for")
                 if file[name].shape != p.shape or file[name].dtype != np.float32:
                     raise InputError(f"{path}: {name} is {file[name].dtype} {list(file[name].shape)}, but these "
                                      f"options ask for float32 {list(p.shape)}")
-            for name, p in parameters.items():
+            for name, p in wanted.items():
                 p.set_data(Tensor(file[name][...]))
     except (OSError, RuntimeError) as error:
         raise InputError(f"{path}: {'no such file' if not os.path.exists(path) else 'not a readable HDF5 file'} "
@@ -630,8 +656,8 @@ def export(args):
     for path in (args.weights, options_file):
         refuse_existing(path, args.overwrite)
     bilm, softmax, _ = open_model(args)
-    parameters = [*bilm.get_parameters(), *softmax.get_parameters()]
-    write_hdf5(args.weights, ((published_name(p), p.asnumpy()) for p in parameters))
+    everything = [*bilm.get_parameters(), *softmax.get_parameters()]
+    write_hdf5(args.weights, ((published_name(p), p.asnumpy()) for p in everything))
     write_json(options_file, as_json(bilm.options))
     print(f"wrote {args.weights} and {options_file}")
 
@@ -654,9 +680,13 @@ def make_step(bilm, accumulators, slots, workers=1, loss_scale=1.0):
     o, weights = bilm.options, ms.ParameterTuple(bilm.trainable_params())
     adagrad, lr, softmax_loss = ops.ApplyAdagrad(), o.learning_rate, SampledSoftmaxLoss()
 
+    # "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1), so
+    # that the loss is
+    #   -1/2N Σ_k (log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ..., t_N; Θx, ←Θ_LSTM, Θs))
     def loss_of(W, b, state, chars, words, fresh, target, drawn, target_log_q, drawn_log_q, undrawn, keep):
+        """W [rows, projection] and b [rows], the softmax's touched rows; the rest is a `data.Batch` and the state."""
         tokens = bilm.token_representations(chars, words, slots)  # [2, time, batch, projection]
-        state = state * (1 - fresh.astype(state.dtype)).reshape(-1, 1)
+        state = state * (1 - fresh.astype(state.dtype)).reshape(-1, 1)  # [2, layers, batch, n] · [batch, 1]
         keep = [ops.unstack(k) for k in ops.unstack(keep)] if o.dropout else None
         outputs, state = bilm.contextualize(tokens, state, keep)
         loss = 0.0
@@ -679,8 +709,10 @@ def make_step(bilm, accumulators, slots, workers=1, loss_scale=1.0):
         (loss, state), ((dW, db), grads) = gradient(W, b, state, *batch)
         if workers * loss_scale != 1:
             loss, dW, db, grads = mean(loss.reshape(1))[0], mean(dW), mean(db), [mean(g) for g in grads]
+        # As in bilm-tf the gradient is that of unroll_steps · loss, its global norm clipped to all_clip_norm_val.
         norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
         scale = o.unroll_steps * o.all_clip_norm_val / ops.maximum(norm, ops.full_like(norm, o.all_clip_norm_val))
+        # Adagrad: sum += g², w -= lr · g / √sum
         for w, total, g in zip(weights, accumulators, grads):
             adagrad(w, total, lr, scale * g)
         W_sum, b_sum = W_sum + ops.square(scale * dW), b_sum + ops.square(scale * db)
@@ -717,15 +749,15 @@ class Workers:
 
     def any(self, condition):
         """Whether it holds for any worker."""
-        return bool(self.gather(Tensor([float(bool(condition))])).asnumpy().any()) if self.size > 1 else bool(condition)
+        return bool(self.gather(Tensor([float(bool(condition))])).asnumpy().any())
 
 
 class Run:
     """All that a training run consists of: the model, Adagrad's accumulators, and where it stands."""
 
-    def __init__(self, options, words, seed=0, amp=None, workers=None):
+    def __init__(self, options, classes, seed=0, amp=None, workers=None):
         self.options, self.workers = options, workers or Workers()
-        self.bilm, self.softmax = BiLM(options, seed=seed, amp=amp), Softmax(words, options.projection, seed)
+        self.bilm, self.softmax = BiLM(options, seed=seed, amp=amp), Softmax(classes, options.projection, seed)
         self.accumulators = ms.ParameterTuple([accumulator(p) for p in self.bilm.trainable_params()])
         self.tables = [self.softmax.W, self.softmax.b, accumulator(self.softmax.W), accumulator(self.softmax.b)]
         self.lstm_state = zero_state(options, options.batch_size)
@@ -794,6 +826,7 @@ def load_npz(path, parameters):
 
 
 def accumulator(p):
+    """Adagrad's sum of squares for a parameter, 1 at first as in bilm-tf."""
     return Parameter(ops.ones_like(p), name="adagrad/" + published_name(p), requires_grad=False)
 
 
@@ -838,7 +871,8 @@ def checkpoints(folder):
 def open_model(args, with_softmax=True):
     """The model of --options and --weights, or the best of the training run in --out -> its `BiLM`, `Softmax` and
     `Vocabulary` (the last two None where they are not asked for)."""
-    if args.weights and args.command != "export":
+    published = args.weights and args.command != "export"
+    if published:
         options, vocabulary = args.options, args.vocab
     elif os.path.isdir(args.out):
         options, vocabulary = (os.path.join(args.out, name) for name in ("options.json", "vocab"))
@@ -848,7 +882,7 @@ def open_model(args, with_softmax=True):
     vocabulary = Vocabulary(vocabulary) if with_softmax else None
     softmax = Softmax(len(vocabulary), bilm.options.projection) if with_softmax else None
     cells = [bilm, softmax] if with_softmax else [bilm]
-    if options == args.options:
+    if published:
         for cell in cells:
             load_weights(args.weights, cell)
     else:
@@ -862,29 +896,32 @@ def open_model(args, with_softmax=True):
 
 
 def train(args):
-    """Trains a biLM (section 3.4 and bilm-tf's training)."""
+    """Trains a biLM (section 3.4 and bilm-tf's training) or, with --weights, trains one further, "fine tuning the biLM
+    on domain specific data" (3.4)."""
     workers = Workers()
-    options, about, words, corpus, heldout = training_inputs(args, workers)
-    run = Run(options, words, about["seed"], args.amp, workers)
-    softmax_is_new = args.weights and load_weights(args.weights, run.bilm) and not load_weights(
-        args.weights, run.softmax, optional=True)
+    options, about, corpus, heldout = training_inputs(args, workers)
+    run = Run(options, options.n_tokens_vocab, about["seed"], args.amp, workers)
+    softmax_is_new = False
+    if args.weights:
+        load_weights(args.weights, run.bilm)
+        softmax_is_new = not load_weights(args.weights, run.softmax, optional=True)
     with contextlib.redirect_stdout(None if workers.rank else sys.stdout), stop_signals() as signals:
         if workers.rank == 0:
             prepare_folder(args, as_json(options, **about))
         if args.resume:
             run.resume(args.out)
             print(f"{args.out}: resuming after step {run.step:,}", flush=True)
-        print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {words:,} words; "
+        print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {options.n_tokens_vocab:,} words; "
               f"{sum(p.size for p in run.bilm.get_parameters()):,} parameters and "
               f"{run.softmax.W.size + run.softmax.b.size:,} of the softmax", flush=True)
         if softmax_is_new:
             print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
         if args.weights and heldout and not run.step:
             print(f"before training: held-out {perplexities(run.bilm, run.softmax, heldout)}", flush=True)
-        train_steps(args, run, corpus, heldout, words, about["seed"], signals)
+        train_steps(args, run, corpus, heldout, about["seed"], signals)
 
 
-def train_steps(args, run, corpus, heldout, words, seed, signals):
+def train_steps(args, run, corpus, heldout, seed, signals):
     """The steps of a run from where it stands to its end, or to a signal. The loss printed is the sampled one, which
     flatters; the held-out perplexities at the end of each epoch are those of the full softmax."""
     o, workers = run.options, run.workers
@@ -899,11 +936,11 @@ def train_steps(args, run, corpus, heldout, words, seed, signals):
     slots = Slots.measure(Rows(corpus, o, seed), o)
     step = make_step(run.bilm, run.accumulators, slots, workers.size, LOSS_SCALE[args.amp])
     for rows, batch, run.position in ahead(training_batches(
-            corpus, slots, words, o, seed, run.step, run.position, workers.rank, workers.size)):
+            corpus, slots, o.n_tokens_vocab, o, seed, run.step, run.position, workers.rank, workers.size)):
         run.advance(step, rows, batch)
         log.tick()
         stopping, is_best = workers.any(signals), False
-        epoch = -(-run.step * window // predictions)  # the first that needs so many steps
+        epoch = -(-run.step * window // predictions)  # rounded up: the one that this step belongs to
         epoch_is_over = run.step in (end, epoch * predictions // window)
         if epoch_is_over or run.step % args.log_every == 0:
             scores = perplexities(run.bilm, run.softmax, heldout) if epoch_is_over and heldout else None
@@ -921,8 +958,8 @@ def train_steps(args, run, corpus, heldout, words, seed, signals):
 
 
 def training_inputs(args, workers):
-    """Reads and checks what training needs -> options, what else the run consists of, number of words, corpus,
-    held-out corpus (or None; worker 0 tests). With --resume, what the command line leaves open is as it was."""
+    """Reads and checks what training needs -> options, what else the run consists of, corpus, held-out corpus (or None;
+    worker 0 tests). With --resume, what the command line leaves open is as it was."""
     begun = {}
     if args.resume:
         path = os.path.join(args.out, "options.json")
@@ -950,7 +987,7 @@ def training_inputs(args, workers):
     about = {"seed": look_up(begun, "run.seed") or 0 if args.seed is None else args.seed, "workers": workers.size,
              "amp": args.amp, "vocabulary": vocabulary.fingerprint,
              "data": f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, checksum {corpus.checksum:08x}"}
-    return replace(options, n_tokens_vocab=words), about, words, corpus, heldout
+    return replace(options, n_tokens_vocab=words), about, corpus, heldout
 
 
 def prepare_folder(args, content):
@@ -1043,7 +1080,7 @@ class Log:
 class Perplexities(NamedTuple):
     forward: float
     backward: float
-    average: float  # exp of the mean loss of both directions
+    average: float  # exp of the mean loss of both directions, as bilm-tf prints it; the paper's is 39.7 (section 3.4)
     predictions: int  # of each direction
 
     def __str__(self):
@@ -1090,11 +1127,13 @@ class Embedder:
     """
     ROWS, TIME = 256, 4  # of a window: short, since sentences leave the rest of their last one empty
     WORDS = 1 << 17      # so many word representations are kept for the next call
+    CHUNK = 512          # words that are encoded at once
 
     def __init__(self, bilm):
-        self.options, self.number = bilm.options, {}
+        self.options, self.index = bilm.options, {}
         self.vectors = np.empty((0, bilm.options.projection), np.float32)
-        self.slots = Slots(((384, min(14, MAX_CHARS - bilm.encoder.width)), (128, MAX_CHARS)))
+        few = self.CHUNK // 4  # long words
+        self.slots = Slots(((self.CHUNK - few, min(14, MAX_CHARS - bilm.encoder.width)), (few, MAX_CHARS)))
 
         @ms.jit
         def encode(chars, words):
@@ -1125,6 +1164,7 @@ class Embedder:
                     place[d, :len(window), r] = window
             outputs, state = self.read(Tensor(self.vectors[place]), Tensor(fresh), state)
             outputs = outputs.asnumpy()
+            # At its position p the backward direction has read the token n + 1 - p of n.
             for r, k, start in reading:
                 n, end = len(ids[k]) - 2, start + self.TIME
                 here = np.arange(max(start, 1), min(end, n + 1))  # without <S> and </S>
@@ -1137,16 +1177,16 @@ class Embedder:
 
     def number_words(self, sentences):
         """Each sentence's words as rows of `vectors`, int [words]; words not seen before are encoded."""
-        if len(self.number) > self.WORDS:
-            self.number, self.vectors = {}, self.vectors[:0]
-        known = len(self.number)
-        ids = [np.array([self.number.setdefault(word, len(self.number)) for word in words]) for words in sentences]
-        new = list(itertools.islice(self.number, known, None))
+        if len(self.index) > self.WORDS:
+            self.index, self.vectors = {}, self.vectors[:0]
+        known = len(self.index)
+        ids = [np.array([self.index.setdefault(word, len(self.index)) for word in words]) for words in sentences]
+        new = list(itertools.islice(self.index, known, None))
         vectors = [self.vectors]
-        for k in range(0, len(new), 512):
-            some = new[k:k + 512]
-            chars_and_places = self.slots.fill(some, np.arange(512) % len(some))
-            vectors.append(self.encode(*map(Tensor, chars_and_places)).asnumpy()[:len(some)])
+        for k in range(0, len(new), self.CHUNK):
+            some = new[k:k + self.CHUNK]
+            place = np.arange(self.CHUNK) % len(some)  # of as many words as ever: another shape would be compiled
+            vectors.append(self.encode(*map(Tensor, self.slots.fill(some, place))).asnumpy()[:len(some)])
         self.vectors = np.concatenate(vectors)
         return ids
 
@@ -1166,21 +1206,21 @@ def embed(args):
 def sentence_vectors(embedder, path, positions_at_once=1 << 15):
     """Yields ("0", vectors of line 0), ... of a file of tokenized sentences, reading so many positions at a time."""
     start, count, tokens, block, positions = time.perf_counter(), 0, 0, [], 0
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            for line in itertools.chain(file, [None]):
-                if line is not None:
-                    block.append(line.split())
-                    positions += len(block[-1]) + 2
-                if block and (line is None or positions >= positions_at_once):
-                    for vectors in embedder(block):
-                        yield str(count), vectors
-                        count, tokens = count + 1, tokens + vectors.shape[1]
-                    speed = tokens / (time.perf_counter() - start)
-                    print(f"{count:,} sentences, {tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
-                    block, positions = [], 0
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 near line {count + len(block) + 1}; convert it to UTF-8") from None
+    with open(path, "rb") as file:  # bytes: no other character than \n ends a line
+        for line in itertools.chain(file, [None]):
+            if line is not None:
+                try:
+                    block.append(line.decode("utf-8").split())
+                except UnicodeDecodeError:
+                    raise InputError(f"{path}: line {count + len(block) + 1} is not UTF-8; convert it") from None
+                positions += len(block[-1]) + 2
+            if block and (line is None or positions >= positions_at_once):
+                for vectors in embedder(block):
+                    yield str(count), vectors
+                    count, tokens = count + 1, tokens + vectors.shape[1]
+                speed = tokens / (time.perf_counter() - start)
+                print(f"{count:,} sentences, {tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
+                block, positions = [], 0
     if not count:
         raise InputError(f"{path}: is empty; give one sentence a line")
 
@@ -1195,65 +1235,66 @@ def refuse_existing(path, overwrite):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv):
-    def fail(message):  # in one line, where argparse prints its usage first
-        raise InputError(f"{message}; see --help")
+def positive(text):
+    """The type of arguments that are numbers above 0."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
-    def natural(text, least=1):
-        if not least <= int(text) < 2 ** 40:
-            raise ValueError
-        return int(text)
 
-    def seed(text):
-        return natural(text, 0)
+def whole(text):
+    """The type of arguments that are 0 or more."""
+    return natural(text, 0)
 
-    def positive(text):
-        if not 0 < float(text) < math.inf:
-            raise ValueError
-        return float(text)
 
-    parser = argparse.ArgumentParser(
+def make_parser():
+    parser = ArgumentParser(
         prog="elmo.py", description="Train ELMo's biLM, test it, embed sentences with it, or export its weights.")
-    parser.error = fail
-    option = parser.add_argument
-    option("command", nargs="?", default="train", choices=("train", "test", "embed", "export"),
-           help="train (the default); test: perplexity of held-out text; embed: vectors of sentences; "
-                "export: a run's weights as .hdf5")
-    option("--device", "--device_target", default="Ascend", choices=("Ascend", "CPU"), help="default: %(default)s")
-    option("--out", "--train_url", metavar="DIR", default="model",
-           help="folder of a training run: train writes it, the others read its best model (default: %(default)s)")
-    option("--vocab", "--vocab_path", metavar="FILE",
-           help="the vocabulary that data.py used (default: vocab; with --resume, the run's own)")
-    option("--options", "--options_path", metavar="FILE", help="options in the published JSON format")
-    option("--weights", metavar="FILE",
-           help="published weights, .hdf5. train: start from them; test, embed: use them, with --options, instead of "
-                "--out; export: write them")
-    option = parser.add_argument_group("train, test").add_argument
-    option("--data", "--data_url", metavar="FILE",
-           help="text that data.py converted (default: train.mindrecord to train, heldout.mindrecord to test)")
-    option = parser.add_argument_group("train").add_argument
-    option("--heldout", metavar="FILE",
-           help="text to test on after each epoch (default: heldout.mindrecord, if there is one)")
-    option("--size", choices=SIZES, help="of the model, where there are no --options (default: original)")
-    option("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=natural,
-           help="passes over the text (default: as in the options, 10)")
-    option("--steps", metavar="N", type=natural, help="stop after N steps")
-    option("--lr", dest="learning_rate", metavar="X", type=positive,
-           help="learning rate (default: as in the options, 0.2)")
-    option("--batch-size", metavar="N", type=natural,
-           help="rows of text side by side (default: as in the options, 128)")
-    option("--seed", metavar="N", type=seed, help="decides all that is random (default: 0)")
-    option("--log-every", metavar="K", type=natural, default=100,
-           help="steps from one line of the log to the next (default: %(default)s)")
-    option("--save-every", metavar="K", type=natural,
-           help="steps from one checkpoint to the next (default: one after each epoch)")
-    option("--resume", action="store_true",
-           help="go on with the run in --out from its last checkpoint, as if nothing had happened")
-    option("--amp", choices=("float16", "bfloat16"), help="matrix products in this type (default: float32)")
-    option = parser.add_argument_group("embed, export").add_argument
-    option("--input", metavar="FILE", help="tokenized sentences, one a line")
-    option("--output", metavar="FILE", help="vectors to write, one array a line: .npz or .hdf5")
-    option("--overwrite", action="store_true", help="replace files that exist")
+    add = parser.add_argument
+    add("command", nargs="?", default="train", choices=("train", "test", "embed", "export"),
+        help="train (the default); test: perplexity of held-out text; embed: vectors of sentences; "
+             "export: a run's weights as .hdf5")
+    add("--device", "--device_target", default="Ascend", choices=("Ascend", "CPU"), help="default: %(default)s")
+    add("--out", "--train_url", metavar="DIR", default="model",
+        help="folder of a training run: train writes it, the others read its best model (default: %(default)s)")
+    add("--vocab", "--vocab_path", metavar="FILE",
+        help="the vocabulary that data.py used (default: vocab; with --resume, the run's own)")
+    add("--options", "--options_path", metavar="FILE", help="options in the published JSON format")
+    add("--weights", metavar="FILE",
+        help="published weights, .hdf5. train: start from them; test, embed: use them, with --options, instead of "
+             "--out; export: write them")
+    add = parser.add_argument_group("train, test").add_argument
+    add("--data", "--data_url", metavar="FILE",
+        help="text that data.py converted (default: train.mindrecord to train, heldout.mindrecord to test)")
+    add = parser.add_argument_group("train").add_argument
+    add("--heldout", metavar="FILE",
+        help="text to test on after each epoch (default: heldout.mindrecord, if there is one)")
+    add("--size", choices=SIZES, help="of the model, where there are no --options (default: original)")
+    add("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=natural,
+        help="passes over the text (default: as in the options, 10)")
+    add("--steps", metavar="N", type=natural, help="stop after N steps")
+    add("--lr", dest="learning_rate", metavar="X", type=positive,
+        help="learning rate (default: as in the options, 0.2)")
+    add("--batch-size", metavar="N", type=natural,
+        help="rows of text side by side (default: as in the options, 128)")
+    add("--seed", metavar="N", type=whole, help="decides all that is random (default: 0)")
+    add("--log-every", metavar="K", type=natural, default=100,
+        help="steps from one line of the log to the next (default: %(default)s)")
+    add("--save-every", metavar="K", type=natural,
+        help="steps from one checkpoint to the next (default: one after each epoch)")
+    add("--resume", action="store_true",
+        help="go on with the run in --out from its last checkpoint, as if nothing had happened")
+    add("--amp", choices=("float16", "bfloat16"), help="matrix products in this type (default: float32)")
+    add = parser.add_argument_group("embed, export").add_argument
+    add("--input", metavar="FILE", help="tokenized sentences, one a line")
+    add("--output", metavar="FILE", help="vectors to write, one array a line: .npz or .hdf5")
+    add("--overwrite", action="store_true", help="replace files that exist")
+    return parser
+
+
+def parse_arguments(argv):
+    """The command line's options, with the defaults that depend on others; InputError where they make no sense."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     args.argv = [sys.argv[0], *argv]
     if args.vocab is None:
@@ -1263,9 +1304,9 @@ def parse_arguments(argv):
     if args.heldout is None and os.path.exists("heldout.mindrecord"):
         args.heldout = "heldout.mindrecord"
     if args.command in ("test", "embed") and bool(args.weights) != bool(args.options):
-        fail("--weights and --options go together")
+        parser.error("--weights and --options go together")
     if args.command == "export" and not args.weights:
-        fail("export needs --weights FILE.hdf5")
+        parser.error("export needs --weights FILE.hdf5")
     return args
 
 

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import errno
 import gzip
-import hashlib
 import inspect
 import io
 import itertools
@@ -16,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,8 +37,13 @@ ms.set_device("CPU")  # once; MindSpore refuses it once something has been compu
 FIXTURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "shared", "allennlp_fixture")
 
 # ---------------------------------------------------------------------------------------------------------
-# data.py: text, vocabulary, MindRecord
+# Set-up that tests share
 # ---------------------------------------------------------------------------------------------------------
+
+
+WORDS = ["the", "cat", "sat", ".", "on", "mat", "dog"]
+GOOD = b"the cat sat .\n"
+
 
 def write(path, text):
     """Write text (str or bytes) to a path; returns the path as a str."""
@@ -46,7 +51,18 @@ def write(path, text):
     return str(path)
 
 
-WORDS = ["the", "cat", "sat", ".", "on", "mat", "dog"]
+def tree(folder):
+    """Every path under a folder, hidden ones included; of files their content, of large ones size and time."""
+    def content(path):
+        about = path.stat()
+        return path.read_bytes() if about.st_size < 1 << 20 else (about.st_size, about.st_mtime_ns)
+    return {str(path): path.is_file() and content(path) for path in sorted(folder.rglob("*"))}
+
+
+def damage(path, start, content):
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(content)
 
 
 @pytest.fixture
@@ -62,322 +78,128 @@ def sentences_of(path="train.mindrecord"):
     return [words for words, _ in corpus.read(range(corpus.sentences))]
 
 
-def tree(folder):
-    """Every path under a folder, hidden ones included, and a digest of each file's content."""
-    return {str(path): path.is_file() and hashlib.sha1(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*"))}
+def close(actual, expected, tolerance=1e-5):
+    actual = actual.asnumpy() if isinstance(actual, Tensor) else actual
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
-def test_character_ids_are_those_bilm_tf_publishes():
-    assert (data.char_ids("th", 5) - 1).tolist() == [258, 116, 104, 259, 260]
-    assert (data.char_ids("<S>", 5) - 1).tolist() == [258, 256, 259, 260, 260]
-    assert (data.char_ids("</S>", 5) - 1).tolist() == [258, 257, 259, 260, 260]
-    assert data.char_ids("th").dtype == np.int32 and data.char_ids("th").shape == (50,)
+def options(**changes):
+    """The options of a model that is tiny but has everything, both clips included."""
+    tiny = dict(filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5, cell_clip=0.5,
+                proj_clip=0.3, dropout=0.0, batch_size=3, unroll_steps=4, n_negative_samples_batch=6)
+    return elmo.Options(**{**tiny, **changes})
 
 
-def test_character_ids_are_bytes_and_long_words_are_cut_to_48():
-    assert (data.char_ids("é")[:5] - 1).tolist() == [258, 0xC3, 0xA9, 259, 260]
-    assert (data.char_ids("x" * 60) - 1).tolist() == [258] + [120] * 48 + [259]
-    assert (data.char_ids("x" * 47 + "é")[-3:] - 1).tolist() == [120, 0xC3, 259]  # cut inside a character
-    assert (data.char_ids('a\ud800b')[:5] - 1).tolist() == [258, 97, 98, 259, 260]  # a lone surrogate is no byte
-    assert (data.char_ids("")[:3] - 1).tolist() == [258, 259, 260]
-    assert (data.char_ids("<UNK>")[:7] - 1).tolist() == [258, *b"<UNK>", 259]
+def randomize(cell, seed=0, scale=0.5):
+    """Random values for all parameters of a cell, biases too, which are 0 at first."""
+    rng = np.random.default_rng(seed)
+    for p in cell.get_parameters():
+        p.set_data(Tensor(rng.normal(0, scale, p.shape).astype(np.float32)))
+    return cell
 
 
-def test_batch_to_ids_pads_with_zeros():
-    ids = data.batch_to_ids([["a", "cat"], ["the"]]).asnumpy()
-    assert ids.shape == (2, 2, 50) and ids.dtype == np.int32
-    assert (ids[0, 1] == data.char_ids("cat")).all() and (ids[1, 0] == data.char_ids("the")).all()
-    assert not ids[1, 1].any()
-    assert data.batch_to_ids([]).shape == (0, 0, 50)
-    assert data.batch_to_ids([[], []]).shape == (2, 0, 50)
-    assert data.batch_to_ids([[], ["a"]]).shape == (2, 1, 50)
+def weights(*cells):
+    """The parameters of cells in float64, by their published names."""
+    parameters = itertools.chain(*(cell.get_parameters() for cell in cells))
+    return {p.name.rpartition(".")[2]: p.asnumpy().astype(np.float64) for p in parameters}
 
 
-@pytest.mark.parametrize("text, words", [
-    ("I can't say it's John's.", "I ca n't say it 's John 's ."),
-    ("WON'T you? They'll; we've, I'd, I'm", "WO N'T you ? They 'll ; we 've , I 'd , I 'm"),
-    ("it’s “so” don’t", "it ’s “ so ” do n’t"),
-    ('He said "Yes" (or [no]) {x}.', 'He said " Yes " ( or [ no ] ) { x } .'),
-    ("Mr. J. Smith of the U.S. rose at 9 a.m. e.g. today.", "Mr. J. Smith of the U.S. rose at 9 a.m. e.g. today ."),
-    ("No. 5 said no. U.S.-led plan B.", "No. 5 said no . U.S.-led plan B ."),
-    ("$3.14 for 1,000 or 50% at 10:30, -3.5 in 1990s", "$ 3.14 for 1,000 or 50 % at 10:30 , -3.5 in 1990s"),
-    ("See https://x.org/a?b=c#d, or www.x.org (me@ex-ample.co.uk).",
-     "See https://x.org/a?b=c#d , or www.x.org ( me@ex-ample.co.uk ) ."),
-    ("A well-known rock'n'roll O'Neil AT&T and/or", "A well-known rock'n'roll O'Neil AT&T and/or"),
-    ('Wait... what -- no--yes? the dogs\'', "Wait ... what -- no -- yes ? the dogs '"),
-    ("他来了。我走了！", "他来了 。 我走了 ！"),
-    ("यह हिन्दी है। مرحبا، نعم؟ می‌خواهم", "यह हिन्दी है । مرحبا ، نعم ؟ می‌خواهم"),
-    ("a_b.c(d) == x[0]", "a_b.c ( d ) == x [ 0 ]"),
-    ("", ""),
-])
-def test_tokenization_is_penn_treebank_and_leaves_its_own_result_alone(text, words):
-    assert data.tokenize(text) == words.split()
-    assert data.tokenize(words) == words.split()
+def random(*shape, seed=0, scale=1.0):
+    return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
 
 
-def test_tokenization_is_idempotent_on_random_text():
-    rng = np.random.default_rng(0)
-    pieces = [*"abJCIds.,'’\"-_/:&@!?()[]$%*~+019  \n\u00a0。ह\u093f\u200c\x00\u2028", "n't", "'s", "N'T", "http://",
-              "www.", "U.S.", "e.g.", "Mr.", "No.", "x@y.z", "1,000", "Word", "--", "..."]
-    for _ in range(3000):
-        text = "".join(rng.choice(pieces, rng.integers(1, 14)))
-        words = data.tokenize(text)
-        assert data.tokenize(" ".join(words)) == words, repr(text)
-        assert "".join(words) == "".join(text.split()), repr(text)  # and nothing is lost
+def gradients_of(function, positions):
+    """ms.grad, compiled as in training."""
+    return ms.jit(ms.grad(function, positions))
 
 
-def test_sentences_end_where_they_should():
-    text = ('He said "Go." Then Mr. Smith left. "Why?" she asked. It was 5 p.m. Dr. No (who?) came... and went. '
-            "So do I. 他来了。我走了！")
-    assert [" ".join(words) for words in data.split_sentences(data.tokenize(text))] == [
-        'He said " Go . "', "Then Mr. Smith left .", '" Why ? " she asked .', "It was 5 p.m.",
-        "Dr. No ( who ? ) came ... and went .", "So do I .", "他来了 。", "我走了 ！"]
+def run(*argv, program=elmo):
+    """Runs a command line in this process -> its exit status, what it printed, what it printed as errors."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        status = program.main([str(arg) for arg in argv])
+    return status, out.getvalue(), errors.getvalue()
 
 
-def test_prose_runs_over_lines_but_not_over_blank_ones(folder):
-    write(folder / "a.txt", "A title\n\nOne sentence\nover lines. Another\r\n \r\nend\n")
-    assert data.main(["--input", "a.txt", "--raw"]) == 0
-    assert list(map(" ".join, sentences_of())) == ["A title", "One sentence over lines .", "Another", "end"]
+def succeed(*argv, program=elmo):
+    status, out, errors = run(*argv, program=program)
+    assert status == 0, errors
+    return out
 
 
-def test_vocabulary_is_by_falling_count_then_code_point(folder):
-    write(folder / "a.txt", "b b b a a é é <UNK> Z Z <S> rare\n")
-    command = ["--input", "a.txt", "--build-vocab", "--overwrite", "--min-count", "2"]
-    assert data.main(command) == 0
-    assert (folder / "vocab").read_text(encoding="utf-8") == "<S>\n</S>\n<UNK>\nb\nZ\na\né\n"
-    assert data.main([*command, "--max-vocab", "2"]) == 0
-    assert data.Vocabulary("vocab").words == ["<S>", "</S>", "<UNK>", "b", "Z"]
+EPOCHS = 2
+PERPLEXITY = r"perplexity forward (\d+\.\d\d) backward (\d+\.\d\d) average (\d+\.\d\d) over (\d+) predictions"
 
 
-def test_vocabulary_reads_any_line_ends(folder):
-    plain = data.Vocabulary("vocab")
-    assert len(plain) == 10 and plain.index["the"] == 3
-    assert plain.ids(["dog", "cow", "<S>"]).tolist() == [9, data.UNK, data.S] and plain.ids([]).dtype == np.int32
-    text = (folder / "vocab").read_text()
-    for other in (text[:-1], text.replace("\n", "\r\n")):
-        vocabulary = data.Vocabulary(write(folder / "other", other))
-        assert vocabulary.words == plain.words and vocabulary.fingerprint == plain.fingerprint
-    assert data.Vocabulary(write(folder / "other", text + "cow")).fingerprint != plain.fingerprint
+def training(folder, out):
+    """The command line that trains the model of `trained`."""
+    return ["train", "--device", "CPU", "--data", folder / "train.mindrecord", "--vocab", folder / "vocab",
+            "--heldout", folder / "heldout.mindrecord", "--options", folder / "options.json", "--out", out,
+            "--log-every", 10, "--save-every", 15]
 
 
-def test_converted_text_comes_back_in_any_order(folder):
-    lines = ["the cat sat .", '<S> the\u00a0dog\x00\tsat </S>', "", 'café 北京 . \x00', ' \t ', "the " * 3000 + "."]
-    write(folder / "a.txt", "\r\n".join(lines))
-    assert data.main(["--input_file", "a.txt", "--output_file", "x.mindrecord", "--vocab_path", "vocab"]) == 0
-    corpus, vocabulary = data.Corpus("x.mindrecord"), data.Vocabulary("vocab")
-    assert (corpus.sentences, corpus.tokens) == (4, 4 + 3 + 4 + 3001)
-    assert (corpus.fingerprint, corpus.vocabulary_size) == (vocabulary.fingerprint, len(vocabulary))
-    expected = [["the", "cat", "sat", "."], ["the", 'dog\0', "sat"], ["café", "北京", ".", '\0'],
-                ["the"] * 3000 + ["."]]
-    order = np.array([3, 0, 2, 1, 0])
-    for number, (words, ids) in zip(order, corpus.read(order)):
-        assert words == expected[number]
-        assert ids.dtype == np.int32 and ids.tolist() == vocabulary.ids(words).tolist()
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A corpus made by data.py and a model that elmo.py trained on it, with what it printed."""
+    folder, rng = tmp_path_factory.mktemp("trained"), np.random.default_rng(0)
+    animals, verbs, places = "cat dog cow naïve-fox".split(), "sat ran slept".split(), "mat hill road".split()
+    lines = [f"the {rng.choice(animals)} {rng.choice(verbs)} on the {rng.choice(places)} number {k} ."
+             for k in range(130)]
+    text = folder / "text.txt"
+    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    succeed("--input", text, "--output", folder / "train.mindrecord", "--heldout",
+            folder / "heldout.mindrecord",
+            "--heldout-share", 0.1, "--vocab", folder / "vocab", "--build-vocab", "--min-count", 2,
+            program=data)
+    o = options(dropout=0.1, batch_size=8, unroll_steps=3, n_epochs=EPOCHS)
+    elmo.write_json(str(folder / "options.json"), elmo.as_json(o))
+    graphs = []
+    advance = elmo.Run.advance
+
+    def counting(self, *args):
+        advance(self, *args)
+        graphs.append(compiled_graphs())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(elmo.Run, "advance", counting)
+        out = succeed(*training(folder, folder / "model"))
+    vocabulary = Vocabulary(str(folder / "vocab"))
+    corpus, heldout = (data.Corpus(str(folder / name)) for name in ("train.mindrecord", "heldout.mindrecord"))
+    return types.SimpleNamespace(folder=folder, model=folder / "model", out=out, options=o, graphs=graphs,
+                                 vocabulary=vocabulary, corpus=corpus, heldout=heldout,
+                                 predictions=corpus.tokens + corpus.sentences)
 
 
-def test_input_is_files_folders_globs_gz_and_standard_input(folder, monkeypatch):
-    (folder / "b" / "c").mkdir(parents=True)
-    write(folder / "a1.txt", "the one")  # without a line end: the next file begins a sentence of its own
-    write(folder / "a2.txt", '\ufeffthe two\n')
-    write(folder / "b" / "z", "the four\n")
-    write(folder / "b" / "c" / "x.gz", gzip.compress(b"the three\n"))
-    for extra in ([], ["--build-vocab", "--min-count", "1", "--vocab", "new"]):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the five\n")))
-        assert data.main(["--input", "a*.txt", "a1.txt", "b", "-", "--overwrite", *extra]) == 0
-        assert [words[1] for words in sentences_of()] == ["one", "two", "three", "four", "five"]
+def idle_step(state, W, b, W_sum, b_sum, *batch):
+    """In place of the training step: learns nothing, and need not be compiled."""
+    return Tensor(1.0), Tensor(1.0), state, W, b, W_sum, b_sum
 
 
-def test_lines_without_end_do_not_fill_the_memory(folder, monkeypatch):
-    monkeypatch.setattr(data, "MAX_LINE", 1000)
-    words = [f"wörd{i}" for i in range(3000)] + ["x" * 5000]
-    path = write(folder / "a.txt", " ".join(words))
-    sentences = list(data.read_sentences([path], raw=False))
-    assert sum(sentences, [])[:3000] == words[:3000] and max(len(" ".join(s)) for s in sentences) <= 2000
-    assert "".join(sum(sentences, [])[3000:]) == words[3000]
-    assert sum(data.read_sentences([path], raw=True), [])[:3000] == words[:3000]
+@pytest.fixture(scope="module")
+def exported(trained):
+    pytest.importorskip("h5py", reason="h5py, which .hdf5 files need, is not installed")
+    succeed("export", "--device", "CPU", "--out", trained.model, "--weights",
+            trained.folder / "elmo_weights.hdf5")
+    return trained.folder / "elmo_weights.hdf5"
 
 
-def test_heldout_sentences_are_a_fixed_share_and_never_in_both(folder):
-    lines = [f"the cat {i}" for i in range(2000)]
-    write(folder / "a.txt", "\n".join(lines + lines[:100]))
-    write(folder / "b.txt", "\n".join(reversed(lines)))
-    command = ["--heldout", "heldout.mindrecord", "--heldout-share", "0.1", "--overwrite"]
-    assert data.main(["--input", "a.txt", *command]) == 0
-    train, heldout = ({" ".join(s) for s in sentences_of(f"{part}.mindrecord")} for part in ("train", "heldout"))
-    assert train | heldout == set(lines) and not train & heldout and 150 < len(heldout) < 250
-    assert data.main(["--input", "b.txt", *command]) == 0
-    assert {" ".join(s) for s in sentences_of("heldout.mindrecord")} == heldout
+@pytest.fixture(scope="module")
+def trained_bilm(trained, exported):
+    return elmo.BiLM(str(trained.folder / "elmo_options.json"), str(exported))
 
 
-def test_vocabulary_counts_only_the_training_part(folder):
-    write(folder / "a.txt", "\n".join(f"the word{i}" for i in range(500)))
-    assert data.main(["--input", "a.txt", "--build-vocab", "--min-count", "1", "--vocab", "new",
-                      "--heldout", "heldout.mindrecord", "--heldout-share", "0.1"]) == 0
-    words = data.Vocabulary("new").words
-    assert not any(s[1] in words for s in sentences_of("heldout.mindrecord"))
-    assert all(s[1] in words for s in sentences_of())
-
-
-def test_without_input_the_docstrings_of_the_library_are_converted(folder, monkeypatch, capsys):
-    library = folder / "lib"
-    (library / "site-packages").mkdir(parents=True)
-    write(library / "a.py", '"""The cat sat.\n\n    >>> run()\n    5\n\nOn\nit\n==\nA dog.\n"""\ndef f():\n    "Go"\n')
-    write(library / "broken.py", "def (:")
-    write(library / "site-packages" / "b.py", '"""Foreign."""')
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
-    assert data.main(["--heldout-share", "0.5"]) == 0
-    assert str(library) in capsys.readouterr().out
-    everything = sentences_of() + sentences_of("heldout.mindrecord")
-    assert sorted(map(" ".join, everything)) == ["A dog .", "Go", "On it", "The cat sat ."]
-
-
-def test_the_summary_tells_what_was_converted(folder, capsys):
-    write(folder / "a.txt", "the cat sat . a cow a\nthe owl .\n")
-    assert data.main(["--input", "a.txt"]) == 0
-    out, err = capsys.readouterr()
-    assert "train.mindrecord: 2 sentences, 10 tokens, 7 distinct words, 40.00% out of vocabulary" in out
-    assert "bytes a token" in out and "tokens a second" in out
-    assert "WARNING" not in out + err and "converting: 2 sentences" in err
-
-
-def test_a_vocabulary_out_of_frequency_order_is_warned_of(folder, capsys):
-    words = [f"w{i:03}" for i in range(200)]
-    write(folder / "a.txt", "\n".join(" ".join(words[:length]) for length in (1, 2, 4, 8, 15, 30, 60, 200)))
-    for order, warned in ((words, False), (words[::-1], True), (words[100:] + words[:100], True)):
-        write(folder / "vocab", "\n".join([*data.SPECIAL, *order]))
-        assert data.main(["--input", "a.txt", "--overwrite"]) == 0
-        assert ("WARNING" in capsys.readouterr().err) == warned
-
-
-def test_frequency_order_is_1_for_the_best_order_and_defined_for_any_counts():
-    assert data.frequency_order(np.array([5, 3, 1, 0])) == 1
-    assert data.frequency_order(np.array([0, 1, 3, 5])) < 0
-    assert data.frequency_order(np.array([0, 0])) == data.frequency_order(np.array([7])) == 1
-    assert data.frequency_order(np.zeros(0, int)) == 1
-
-
-GOOD = b"the cat sat .\n"
-
-
-@pytest.mark.parametrize("files, arguments, message", [
-    ({}, "--input nothing.txt", "nothing.txt: no such file"),
-    ({}, "--input no*.txt", "no*.txt: no such file"),
-    ({"e.txt": b""}, "--input e.txt", "e.txt: an empty file"),
-    ({"e.txt": b"\n \n"}, "--input e.txt", "train.mindrecord: no sentence"),
-    ({"u.txt": b"the cat\n" * 9000 + b'\xc3\xa9 \xff\n'}, "--input u.txt", "u.txt: not UTF-8 at byte 72003;"),
-    ({"u.txt": b'the \xe2\x82'}, "--input u.txt", "u.txt: not UTF-8 at byte 4;"),
-    ({"u.gz": gzip.compress(b'the \xff')}, "--input u.gz", "u.gz: not UTF-8 at byte 4;"),
-    ({"a.gz": GOOD}, "--input a.gz", "a.gz: damaged gzip file"),
-    ({"a.gz": gzip.compress(os.urandom(9999).hex().encode())[:-5000]}, "--input a.gz", "a.gz: damaged gzip file"),
-    ({}, "--input a.txt --vocab missing", "missing: No such file"),
-    ({"v": b"the\ncat\n"}, "--input a.txt --vocab v", "v: lines 1 to 3 must be <S> </S> <UNK>"),
-    ({"v": b""}, "--input a.txt --vocab v", "v: lines 1 to 3 must be"),
-    ({"v": b"<S>\n<UNK>\n</S>\nthe"}, "--input a.txt --vocab v", "v: lines 1 to 3 must be"),
-    ({"v": b"<S>\n</S>\n<UNK>\nb\na\nb"}, "--input a.txt --vocab v", "v: line 6 repeats 'b' of line 4"),
-    ({"v": b"<S>\n</S>\n<UNK>\n\nb"}, "--input a.txt --vocab v", "v: line 4 is blank"),
-    ({"v": b"<S>\n</S>\n<UNK>\nb\n\n"}, "--input a.txt --vocab v", "v: line 5 is blank"),
-    ({"v": b"<S>\n</S>\n<UNK>\nb 5"}, "--input a.txt --vocab v", "v: line 4 is blank or holds white space"),
-    ({"v": b'<S>\n</S>\n<UNK>\n\xff'}, "--input a.txt --vocab v", "v: not UTF-8 at byte 15"),
-    ({"train.mindrecord": b"old"}, "--input a.txt", "train.mindrecord: exists"),
-    ({"train.mindrecord.db": b"old"}, "--input a.txt", "train.mindrecord.db: exists"),
-    ({}, "--input a.txt --build-vocab", "vocab: exists"),
-    ({}, "--input a.txt --output a.txt --overwrite", "a.txt: is an input"),
-    ({}, "--input a.txt --output h --heldout ./h", "./h: is an input or another output"),
-    ({}, "--input a.txt --output vocab --build-vocab --overwrite", "vocab: is an input or another output"),
-    ({}, "--input a.txt --output nowhere/x", "nowhere/x: its folder does not exist"),
-    ({}, "--input a.txt --output .", ".: a folder"),
-    ({}, "--input a.txt --output a&b", "a&b: a folder, or a name that MindRecord does not allow"),
-    ({}, "--input a.txt --heldout h --heldout-share 1", "--heldout-share 1.0: must lie between"),
-    ({}, "--input a.txt --heldout h --heldout-share 0.000001", "h: no sentence"),
-    ({}, "--input a.txt --build-vocab --vocab v --min-count 9", "--min-count 9: no word"),
-    ({}, "--input a.txt --min-count 0", "argument --min-count: invalid positive value: '0'"),
-    ({}, "--input a.txt --what", "unrecognized arguments: --what"),
-])
-def test_bad_input_is_one_line_and_changes_nothing(folder, capsys, files, arguments, message):
-    for name, content in {"a.txt": GOOD, **files}.items():
-        write(folder / name, content)
-    before = tree(folder)
-    assert data.main(arguments.split()) == 2
-    assert tree(folder) == before
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("conv", "count"))]
-    assert len(lines) == 1 and lines[0].startswith("data.py: error: ") and message in lines[0], lines
-
-
-def test_an_interrupt_leaves_nothing_behind(folder, monkeypatch):
-    def interrupted(paths, raw):
-        yield ["the"]
-        raise KeyboardInterrupt
-    write(folder / "a.txt", GOOD)
-    before = tree(folder)
-    monkeypatch.setattr(data, "read_sentences", interrupted)
-    assert data.main(["--input", "a.txt"]) == 130
-    assert tree(folder) == before
-
-
-def test_a_terminated_conversion_cleans_up(folder):
-    process = subprocess.Popen([sys.executable, data.__file__, "--input", "-"], stdin=subprocess.PIPE)
-    before = tree(folder)
-    while tree(folder) == before:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
-    process.stdin.close()
-    assert tree(folder) == before
-
-
-class FullDisk:
-    free = 1 << 20
-
-
-def test_a_full_disk_is_one_line(folder, monkeypatch, capsys):
-    write(folder / "a.txt", GOOD)
-    before = tree(folder)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: FullDisk)
-    assert data.main(["--input", "a.txt"]) == 2
-    assert capsys.readouterr().err.splitlines()[1:] == [
-        "data.py: error: train.mindrecord: could not be written; is the disk full?"]
-    assert tree(folder) == before
-
-
-def damage(path, start, content):
-    with open(path, "r+b") as file:
-        file.seek(start)
-        file.write(content)
-
-
-@pytest.mark.parametrize("harm", [
-    lambda: os.remove("train.mindrecord"),
-    lambda: os.remove("train.mindrecord.db"),
-    lambda: os.truncate("train.mindrecord", 20_000_000),
-    lambda: os.truncate("train.mindrecord", 0),
-    lambda: os.truncate("train.mindrecord.db", 8192),
-    lambda: os.truncate("train.mindrecord.db", 0),
-    lambda: os.replace("a.txt", "train.mindrecord"),
-    lambda: os.replace("a.txt", "train.mindrecord.db"),
-    lambda: damage("train.mindrecord", 0, b'\xff' * 4096),
-    lambda: damage("train.mindrecord", 16 << 20, b'\xff' * (1 << 20)),
-    lambda: damage("train.mindrecord.db", 4096, b'\xff' * 8192),
-    lambda: damage("train.mindrecord.db", 30_000, b'\xfe\xfd\xfc'),
-    lambda: damage("train.mindrecord", os.path.getsize("train.mindrecord") - 204, b'[4'),
-    lambda: damage("train.mindrecord", os.path.getsize("train.mindrecord") - 1, b'\x01'),
-], ids=lambda harm: inspect.getsource(harm).strip())
-def test_a_damaged_mindrecord_is_one_line(folder, harm):
-    write(folder / "a.txt", GOOD * 500)
-    assert data.main(["--input", "a.txt"]) == 0
-    harm()
-    with pytest.raises(data.InputError, match=r"train\.mindrecord.*: (no such file|damaged)"):
-        sentences_of()
-
-
-def test_a_moved_mindrecord_still_opens(folder):
-    write(folder / "a.txt", GOOD)
-    assert data.main(["--input", "a.txt"]) == 0
-    (folder / "new").mkdir()
-    for name in ("train.mindrecord", "train.mindrecord.db"):
-        os.replace(name, f"new/{name}")
-    assert sentences_of("new/train.mindrecord") == [["the", "cat", "sat", "."]]
-
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny model's options and weights in the published format, without a softmax, and the model."""
+    h5py = pytest.importorskip("h5py", reason="h5py, which .hdf5 files need, is not installed")
+    folder = tmp_path_factory.mktemp("published")
+    bilm = randomize(elmo.BiLM(options()), 3)
+    elmo.write_json(str(folder / "options.json"), elmo.as_json(bilm.options))
+    with h5py.File(folder / "weights.hdf5", "w") as file:
+        for name, array in weights(bilm).items():
+            file[name] = array.astype(np.float32)
+    return types.SimpleNamespace(options=str(folder / "options.json"), weights=str(folder / "weights.hdf5"),
+                                 bilm=bilm)
 
 # ---------------------------------------------------------------------------------------------------------
 # The model once more, in plain numpy: one word, one time step after the other, in float64
@@ -470,6 +292,11 @@ def numpy_sampled_softmax(y, W, b, target, drawn, target_log_q, drawn_log_q):
     return log_sum_exp(np.concatenate((true[:, None], sampled), 1)) - true
 
 
+def numpy_mix(layers, w, gamma):
+    s = np.exp(w) / np.exp(w).sum()
+    return gamma * sum(s_j * h for s_j, h in zip(s, layers))
+
+
 def complex_step_gradient(loss, w, rows=None):
     """The gradient of loss(w), w a dict of arrays, correct to the last digits: Im loss(w + ih) / h.
 
@@ -483,54 +310,404 @@ def complex_step_gradient(loss, w, rows=None):
                 gradient[name][index] = loss({**w, name: moved}).imag / 1e-30
     return gradient
 
+# ---------------------------------------------------------------------------------------------------------
+# data.py: characters
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_character_ids_are_those_bilm_tf_publishes():
+    assert (data.char_ids("th", 5) - 1).tolist() == [258, 116, 104, 259, 260]
+    assert (data.char_ids("<S>", 5) - 1).tolist() == [258, 256, 259, 260, 260]
+    assert (data.char_ids("</S>", 5) - 1).tolist() == [258, 257, 259, 260, 260]
+    assert data.char_ids("th").dtype == np.int32 and data.char_ids("th").shape == (50,)
+
+
+def test_character_ids_are_bytes_and_long_words_are_cut_to_48():
+    assert (data.char_ids("é")[:5] - 1).tolist() == [258, 0xC3, 0xA9, 259, 260]
+    assert (data.char_ids("x" * 60) - 1).tolist() == [258] + [120] * 48 + [259]
+    assert (data.char_ids("x" * 47 + "é")[-3:] - 1).tolist() == [120, 0xC3, 259]  # cut inside a character
+    assert (data.char_ids('a\ud800b')[:5] - 1).tolist() == [258, 97, 98, 259, 260]  # a lone surrogate is no byte
+    assert (data.char_ids("")[:3] - 1).tolist() == [258, 259, 260]
+    assert (data.char_ids("<UNK>")[:7] - 1).tolist() == [258, *b"<UNK>", 259]
+
+
+def test_batch_to_ids_pads_with_zeros():
+    ids = data.batch_to_ids([["a", "cat"], ["the"]]).asnumpy()
+    assert ids.shape == (2, 2, 50) and ids.dtype == np.int32
+    assert (ids[0, 1] == data.char_ids("cat")).all() and (ids[1, 0] == data.char_ids("the")).all()
+    assert not ids[1, 1].any()
+    assert data.batch_to_ids([]).shape == (0, 0, 50)
+    assert data.batch_to_ids([[], []]).shape == (2, 0, 50)
+    assert data.batch_to_ids([[], ["a"]]).shape == (2, 1, 50)
 
 # ---------------------------------------------------------------------------------------------------------
-# Set-up that tests share
+# data.py: tokens and sentences
 # ---------------------------------------------------------------------------------------------------------
 
 
-def close(actual, expected, tolerance=1e-5):
-    actual = actual.asnumpy() if isinstance(actual, Tensor) else actual
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+@pytest.mark.parametrize("text, words", [
+    ("I can't say it's John's.", "I ca n't say it 's John 's ."),
+    ("WON'T you? They'll; we've, I'd, I'm", "WO N'T you ? They 'll ; we 've , I 'd , I 'm"),
+    ("it’s “so” don’t", "it ’s “ so ” do n’t"),
+    ('He said "Yes" (or [no]) {x}.', 'He said " Yes " ( or [ no ] ) { x } .'),
+    ("Mr. J. Smith of the U.S. rose at 9 a.m. e.g. today.", "Mr. J. Smith of the U.S. rose at 9 a.m. e.g. today ."),
+    ("No. 5 said no. U.S.-led plan B.", "No. 5 said no . U.S.-led plan B ."),
+    ("$3.14 for 1,000 or 50% at 10:30, -3.5 in 1990s", "$ 3.14 for 1,000 or 50 % at 10:30 , -3.5 in 1990s"),
+    ("See https://x.org/a?b=c#d, or www.x.org (me@ex-ample.co.uk).",
+     "See https://x.org/a?b=c#d , or www.x.org ( me@ex-ample.co.uk ) ."),
+    ("A well-known rock'n'roll O'Neil AT&T and/or", "A well-known rock'n'roll O'Neil AT&T and/or"),
+    ('Wait... what -- no--yes? the dogs\'', "Wait ... what -- no -- yes ? the dogs '"),
+    ("他来了。我走了！", "他来了 。 我走了 ！"),
+    ("यह हिन्दी है। مرحبا، نعم؟ می‌خواهم", "यह हिन्दी है । مرحبا ، نعم ؟ می‌خواهم"),
+    ("a_b.c(d) == x[0]", "a_b.c ( d ) == x [ 0 ]"),
+    ("", ""),
+])
+def test_tokenization_is_penn_treebank_and_leaves_its_own_result_alone(text, words):
+    assert data.tokenize(text) == words.split()
+    assert data.tokenize(words) == words.split()
 
 
-def options(**changes):
-    """The options of a model that is tiny but has everything, both clips included."""
-    tiny = dict(filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5, cell_clip=0.5,
-                proj_clip=0.3, dropout=0.0, batch_size=3, unroll_steps=4, n_negative_samples_batch=6)
-    return elmo.Options(**{**tiny, **changes})
+def test_tokenization_is_idempotent_on_random_text():
+    rng = np.random.default_rng(0)
+    pieces = [*"abJCIds.,'’\"-_/:&@!?()[]$%*~+019  \n\u00a0。ह\u093f\u200c\x00\u2028", "n't", "'s", "N'T", "http://",
+              "www.", "U.S.", "e.g.", "Mr.", "No.", "x@y.z", "1,000", "Word", "--", "..."]
+    for _ in range(3000):
+        text = "".join(rng.choice(pieces, rng.integers(1, 14)))
+        words = data.tokenize(text)
+        assert data.tokenize(" ".join(words)) == words, repr(text)
+        assert "".join(words) == "".join(text.split()), repr(text)  # and nothing is lost
 
 
-def randomize(cell, seed=0, scale=0.5):
-    """Random values for all parameters of a cell, biases too, which are 0 at first."""
-    rng = np.random.default_rng(seed)
-    for p in cell.get_parameters():
-        p.set_data(Tensor(rng.normal(0, scale, p.shape).astype(np.float32)))
-    return cell
+def test_sentences_end_where_they_should():
+    text = ('He said "Go." Then Mr. Smith left. "Why?" she asked. It was 5 p.m. Dr. No (who?) came... and went. '
+            "So do I. 他来了。我走了！")
+    assert [" ".join(words) for words in data.split_sentences(data.tokenize(text))] == [
+        'He said " Go . "', "Then Mr. Smith left .", '" Why ? " she asked .', "It was 5 p.m.",
+        "Dr. No ( who ? ) came ... and went .", "So do I .", "他来了 。", "我走了 ！"]
 
 
-def weights(*cells):
-    """The parameters of cells in float64, by their published names."""
-    parameters = itertools.chain(*(cell.get_parameters() for cell in cells))
-    return {p.name.rpartition(".")[2]: p.asnumpy().astype(np.float64) for p in parameters}
+def test_prose_runs_over_lines_but_not_over_blank_ones(folder):
+    write(folder / "a.txt", "A title\n\nOne sentence\nover lines. Another\r\n \r\nend\n")
+    assert data.main(["--input", "a.txt", "--raw"]) == 0
+    assert list(map(" ".join, sentences_of())) == ["A title", "One sentence over lines .", "Another", "end"]
 
 
-def random(*shape, seed=0, scale=1.0):
-    return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
+def test_input_is_files_folders_globs_gz_and_standard_input(folder, monkeypatch):
+    (folder / "b" / "c").mkdir(parents=True)
+    write(folder / "a1.txt", "the one")  # without a line end: the next file begins a sentence of its own
+    write(folder / "a2.txt", '\ufeffthe two\n')
+    write(folder / "b" / "z", "the four\n")
+    write(folder / "b" / "c" / "x.gz", gzip.compress(b"the three\n"))
+    for extra in ([], ["--build-vocab", "--min-count", "1", "--vocab", "new"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the five\n")))
+        assert data.main(["--input", "a*.txt", "a1.txt", "b", "-", "--overwrite", *extra]) == 0
+        assert [words[1] for words in sentences_of()] == ["one", "two", "three", "four", "five"]
 
 
-def gradients_of(function, positions):
-    """ms.grad, compiled as in training."""
-    return ms.jit(ms.grad(function, positions))
+def test_lines_without_end_do_not_fill_the_memory(folder, monkeypatch):
+    monkeypatch.setattr(data, "MAX_LINE", 1000)
+    words = [f"wörd{i}" for i in range(3000)] + ["x" * 5000]
+    path = write(folder / "a.txt", " ".join(words))
+    sentences = list(data.read_sentences([path], raw=False))
+    assert sum(sentences, [])[:3000] == words[:3000] and max(len(" ".join(s)) for s in sentences) <= 2000
+    assert "".join(sum(sentences, [])[3000:]) == words[3000]
+    assert sum(data.read_sentences([path], raw=True), [])[:3000] == words[:3000]
+
+
+def test_without_input_the_docstrings_of_the_library_are_converted(folder, monkeypatch, capsys):
+    library = folder / "lib"
+    (library / "site-packages").mkdir(parents=True)
+    write(library / "a.py", '"""The cat sat.\n\n    >>> run()\n    5\n\nOn\nit\n==\nA dog.\n"""\ndef f():\n    "Go"\n')
+    write(library / "broken.py", "def (:")
+    write(library / "site-packages" / "b.py", '"""Foreign."""')
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    assert data.main(["--heldout-share", "0.5"]) == 0
+    assert str(library) in capsys.readouterr().out
+    everything = sentences_of() + sentences_of("heldout.mindrecord")
+    assert sorted(map(" ".join, everything)) == ["A dog .", "Go", "On it", "The cat sat ."]
+
+# ---------------------------------------------------------------------------------------------------------
+# data.py: vocabulary
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_vocabulary_is_by_falling_count_then_code_point(folder):
+    write(folder / "a.txt", "b b b a a é é <UNK> Z Z <S> rare\n")
+    command = ["--input", "a.txt", "--build-vocab", "--overwrite", "--min-count", "2"]
+    assert data.main(command) == 0
+    assert (folder / "vocab").read_text(encoding="utf-8") == "<S>\n</S>\n<UNK>\nb\nZ\na\né\n"
+    assert data.main([*command, "--max-vocab", "2"]) == 0
+    assert data.Vocabulary("vocab").words == ["<S>", "</S>", "<UNK>", "b", "Z"]
+
+
+def test_vocabulary_reads_any_line_ends(folder):
+    plain = data.Vocabulary("vocab")
+    assert len(plain) == 10 and plain.index["the"] == 3
+    assert plain.ids(["dog", "cow", "<S>"]).tolist() == [9, data.UNK, data.S] and plain.ids([]).dtype == np.int32
+    text = (folder / "vocab").read_text()
+    for other in (text[:-1], text.replace("\n", "\r\n")):
+        vocabulary = data.Vocabulary(write(folder / "other", other))
+        assert vocabulary.words == plain.words and vocabulary.fingerprint == plain.fingerprint
+    assert data.Vocabulary(write(folder / "other", text + "cow")).fingerprint != plain.fingerprint
+
+
+def test_vocabulary_counts_only_the_training_part(folder):
+    write(folder / "a.txt", "\n".join(f"the word{i}" for i in range(500)))
+    assert data.main(["--input", "a.txt", "--build-vocab", "--min-count", "1", "--vocab", "new",
+                      "--heldout", "heldout.mindrecord", "--heldout-share", "0.1"]) == 0
+    words = data.Vocabulary("new").words
+    assert not any(s[1] in words for s in sentences_of("heldout.mindrecord"))
+    assert all(s[1] in words for s in sentences_of())
+
+
+def test_a_vocabulary_out_of_frequency_order_is_warned_of(folder, capsys):
+    words = [f"w{i:03}" for i in range(200)]
+    write(folder / "a.txt", "\n".join(" ".join(words[:length]) for length in (1, 2, 4, 8, 15, 30, 60, 200)))
+    for order, warned in ((words, False), (words[::-1], True), (words[100:] + words[:100], True)):
+        write(folder / "vocab", "\n".join([*data.SPECIAL, *order]))
+        assert data.main(["--input", "a.txt", "--overwrite"]) == 0
+        assert ("WARNING" in capsys.readouterr().err) == warned
+
+
+def test_frequency_order_is_1_for_the_best_order_and_defined_for_any_counts():
+    assert data.frequency_order(np.array([5, 3, 1, 0])) == 1
+    assert data.frequency_order(np.array([0, 1, 3, 5])) < 0
+    assert data.frequency_order(np.array([0, 0])) == data.frequency_order(np.array([7])) == 1
+    assert data.frequency_order(np.zeros(0, int)) == 1
+
+# ---------------------------------------------------------------------------------------------------------
+# data.py: MindRecord
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_converted_text_comes_back_in_any_order(folder):
+    lines = ["the cat sat .", '<S> the\u00a0dog\x00\tsat </S>', "", 'café 北京 . \x00', ' \t ', "the " * 3000 + "."]
+    write(folder / "a.txt", "\r\n".join(lines))
+    assert data.main(["--input_file", "a.txt", "--output_file", "x.mindrecord", "--vocab_path", "vocab"]) == 0
+    corpus, vocabulary = data.Corpus("x.mindrecord"), data.Vocabulary("vocab")
+    assert (corpus.sentences, corpus.tokens) == (4, 4 + 3 + 4 + 3001)
+    assert (corpus.fingerprint, corpus.vocabulary_size) == (vocabulary.fingerprint, len(vocabulary))
+    expected = [["the", "cat", "sat", "."], ["the", 'dog\0', "sat"], ["café", "北京", ".", '\0'],
+                ["the"] * 3000 + ["."]]
+    order = np.array([3, 0, 2, 1, 0])
+    for number, (words, ids) in zip(order, corpus.read(order)):
+        assert words == expected[number]
+        assert ids.dtype == np.int32 and ids.tolist() == vocabulary.ids(words).tolist()
+
+
+def test_heldout_sentences_are_a_fixed_share_and_never_in_both(folder):
+    lines = [f"the cat {i}" for i in range(2000)]
+    write(folder / "a.txt", "\n".join(lines + lines[:100]))
+    write(folder / "b.txt", "\n".join(reversed(lines)))
+    command = ["--heldout", "heldout.mindrecord", "--heldout-share", "0.1", "--overwrite"]
+    assert data.main(["--input", "a.txt", *command]) == 0
+    train, heldout = ({" ".join(s) for s in sentences_of(f"{part}.mindrecord")} for part in ("train", "heldout"))
+    assert train | heldout == set(lines) and not train & heldout and 150 < len(heldout) < 250
+    assert data.main(["--input", "b.txt", *command]) == 0
+    assert {" ".join(s) for s in sentences_of("heldout.mindrecord")} == heldout
+
+
+def test_the_summary_tells_what_was_converted(folder, capsys):
+    write(folder / "a.txt", "the cat sat . a cow a\nthe owl .\n")
+    assert data.main(["--input", "a.txt"]) == 0
+    out, err = capsys.readouterr()
+    assert "train.mindrecord: 2 sentences, 10 tokens, 7 distinct words, 40.00% out of vocabulary" in out
+    assert "bytes a token" in out and "tokens a second" in out
+    assert "WARNING" not in out + err and "converting: 2 sentences" in err
+
+
+def test_a_moved_mindrecord_still_opens(folder):
+    write(folder / "a.txt", GOOD)
+    assert data.main(["--input", "a.txt"]) == 0
+    (folder / "new").mkdir()
+    for name in ("train.mindrecord", "train.mindrecord.db"):
+        os.replace(name, f"new/{name}")
+    assert sentences_of("new/train.mindrecord") == [["the", "cat", "sat", "."]]
+
+
+@pytest.mark.parametrize("harm", [
+    lambda: os.remove("train.mindrecord"),
+    lambda: os.remove("train.mindrecord.db"),
+    lambda: os.truncate("train.mindrecord", 20_000_000),
+    lambda: os.truncate("train.mindrecord", 0),
+    lambda: os.truncate("train.mindrecord.db", 8192),
+    lambda: os.truncate("train.mindrecord.db", 0),
+    lambda: os.replace("a.txt", "train.mindrecord"),
+    lambda: os.replace("a.txt", "train.mindrecord.db"),
+    lambda: damage("train.mindrecord", 0, b'\xff' * 4096),
+    lambda: damage("train.mindrecord", 16 << 20, b'\xff' * (1 << 20)),
+    lambda: damage("train.mindrecord.db", 4096, b'\xff' * 8192),
+    lambda: damage("train.mindrecord.db", 30_000, b'\xfe\xfd\xfc'),
+    lambda: damage("train.mindrecord", os.path.getsize("train.mindrecord") - 204, b'[4'),
+    lambda: damage("train.mindrecord", os.path.getsize("train.mindrecord") - 1, b'\x01'),
+], ids=lambda harm: inspect.getsource(harm).strip())
+def test_a_damaged_mindrecord_is_one_line(folder, harm):
+    write(folder / "a.txt", GOOD * 500)
+    assert data.main(["--input", "a.txt"]) == 0
+    harm()
+    with pytest.raises(data.InputError, match=r"train\.mindrecord.*: (no such file|damaged)"):
+        sentences_of()
+
+
+def test_an_interrupt_leaves_nothing_behind(folder, monkeypatch):
+    def interrupted(paths, raw):
+        yield ["the"]
+        raise KeyboardInterrupt
+    write(folder / "a.txt", GOOD)
+    before = tree(folder)
+    monkeypatch.setattr(data, "read_sentences", interrupted)
+    assert data.main(["--input", "a.txt"]) == 130
+    assert tree(folder) == before
+
+
+def test_a_terminated_conversion_cleans_up(folder):
+    process = subprocess.Popen([sys.executable, data.__file__, "--input", "-"], stdin=subprocess.PIPE)
+    before, deadline = tree(folder), time.monotonic() + 60
+    while tree(folder) == before:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    process.stdin.close()
+    assert tree(folder) == before
+
+
+class FullDisk:
+    free = 1 << 20
+
+
+def test_a_disk_too_full_for_data_py_is_one_line(folder, monkeypatch, capsys):
+    write(folder / "a.txt", GOOD)
+    before = tree(folder)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: FullDisk)
+    assert data.main(["--input", "a.txt"]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "data.py: error: train.mindrecord: could not be written; is the disk full?"]
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("files, arguments, message", [
+    ({}, "--input nothing.txt", "nothing.txt: no such file"),
+    ({}, "--input no*.txt", "no*.txt: no such file"),
+    ({"e.txt": b""}, "--input e.txt", "e.txt: an empty file"),
+    ({"e.txt": b"\n \n"}, "--input e.txt", "train.mindrecord: no sentence"),
+    ({"u.txt": b"the cat\n" * 9000 + b'\xc3\xa9 \xff\n'}, "--input u.txt", "u.txt: not UTF-8 at byte 72003;"),
+    ({"u.txt": b'the \xe2\x82'}, "--input u.txt", "u.txt: not UTF-8 at byte 4;"),
+    ({"u.gz": gzip.compress(b'the \xff')}, "--input u.gz", "u.gz: not UTF-8 at byte 4;"),
+    ({"a.gz": GOOD}, "--input a.gz", "a.gz: damaged gzip file"),
+    ({"a.gz": gzip.compress(os.urandom(9999).hex().encode())[:-5000]}, "--input a.gz", "a.gz: damaged gzip file"),
+    ({}, "--input a.txt --vocab missing", "missing: No such file"),
+    ({"v": b"the\ncat\n"}, "--input a.txt --vocab v", "v: lines 1 to 3 must be <S> </S> <UNK>"),
+    ({"v": b""}, "--input a.txt --vocab v", "v: lines 1 to 3 must be"),
+    ({"v": b"<S>\n<UNK>\n</S>\nthe"}, "--input a.txt --vocab v", "v: lines 1 to 3 must be"),
+    ({"v": b"<S>\n</S>\n<UNK>\nb\na\nb"}, "--input a.txt --vocab v", "v: line 6 repeats 'b' of line 4"),
+    ({"v": b"<S>\n</S>\n<UNK>\n\nb"}, "--input a.txt --vocab v", "v: line 4 is blank"),
+    ({"v": b"<S>\n</S>\n<UNK>\nb\n\n"}, "--input a.txt --vocab v", "v: line 5 is blank"),
+    ({"v": b"<S>\n</S>\n<UNK>\nb 5"}, "--input a.txt --vocab v", "v: line 4 is blank or holds white space"),
+    ({"v": b'<S>\n</S>\n<UNK>\n\xff'}, "--input a.txt --vocab v", "v: not UTF-8 at byte 15"),
+    ({"train.mindrecord": b"old"}, "--input a.txt", "train.mindrecord: exists"),
+    ({"train.mindrecord.db": b"old"}, "--input a.txt", "train.mindrecord.db: exists"),
+    ({}, "--input a.txt --build-vocab", "vocab: exists"),
+    ({}, "--input a.txt --output a.txt --overwrite", "a.txt: is an input"),
+    ({}, "--input a.txt --output h --heldout ./h", "./h: is an input or another output"),
+    ({}, "--input a.txt --output vocab --build-vocab --overwrite", "vocab: is an input or another output"),
+    ({}, "--input a.txt --output nowhere/x", "nowhere/x: its folder does not exist"),
+    ({}, "--input a.txt --output .", ".: a folder"),
+    ({}, "--input a.txt --output a&b", "a&b: a folder, or a name that MindRecord does not allow"),
+    ({}, "--input a.txt --heldout h --heldout-share 1", "--heldout-share 1.0: must lie between"),
+    ({}, "--input a.txt --heldout h --heldout-share 0.000001", "h: no sentence"),
+    ({}, "--input a.txt --build-vocab --vocab v --min-count 9", "--min-count 9: no word"),
+    ({}, "--input a.txt --min-count 0", "argument --min-count: invalid natural value: '0'"),
+    ({}, "--input a.txt --what", "unrecognized arguments: --what"),
+])
+def test_bad_input_of_data_py_is_one_line_and_changes_nothing(folder, capsys, files, arguments, message):
+    for name, content in {"a.txt": GOOD, **files}.items():
+        write(folder / name, content)
+    before = tree(folder)
+    assert data.main(arguments.split()) == 2
+    assert tree(folder) == before
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("conv", "count"))]
+    assert len(lines) == 1 and lines[0].startswith("data.py: error: ") and message in lines[0], lines
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. Options
+# ---------------------------------------------------------------------------------------------------------
+
+
+def published_json(change=lambda content: None):
+    """The content of a usable options file, changed."""
+    content = {"char_cnn": {"filters": [[1, 3], [2, 4], [3, 5]], "embedding": {"dim": 4},
+                            "activation": "relu", "n_highway": 1,
+                            "n_characters": 262, "max_characters_per_token": 50},
+               "lstm": {"dim": 7, "projection_dim": 5, "n_layers": 2, "use_skip_connections": True,
+                        "cell_clip": 3,
+                        "proj_clip": 3}}
+    change(content)
+    return json.dumps(content)
+
+
+def with_value(*path_and_value):
+    *path, key, value = path_and_value
+
+    def change(content):
+        for part in path:
+            content = content[part]
+        content[key] = value
+    return published_json(change)
+
+
+def test_what_published_options_lack_takes_the_papers_values(tmp_path):
+    path = tmp_path / "options.json"
+    path.write_text(published_json())
+    o, paper = elmo.read_options(str(path)), elmo.Options()
+    assert o == replace(paper, filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5)
+    elmo.write_json(str(path), elmo.as_json(o))
+    assert elmo.read_options(str(path)) == o
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "not JSON"), ("", "not JSON"), (b"\xff\xfe", "not JSON"), ("[]", "lacks char_cnn"),
+    ("3", "lacks char_cnn"),
+    ('{"char_cnn": 5, "lstm": []}', "lacks char_cnn"), ("[" * 100_000, "not JSON"),
+    (published_json(lambda content: content["lstm"].pop("dim")), "lacks lstm.dim"),
+    (published_json(lambda content: content.pop("char_cnn")), "lacks char_cnn.filters"),
+    (published_json(lambda content: content["char_cnn"].pop("embedding")), "lacks char_cnn.embedding.dim"),
+    (with_value("lstm", "projection_dim", 13), "projection_dim 13"),
+    (with_value("char_cnn", "activation", "gelu"), "activation is 'gelu', but must be relu or tanh"),
+    (with_value("char_cnn", "filters", [[51, 8]]), "width 1 to 50"),
+    (with_value("char_cnn", "filters", [[0, 8]]), "width 1 to 50"),
+    (with_value("char_cnn", "filters", [[1, -8]]), "filters must be"),
+    (with_value("char_cnn", "filters", [[1]]), "filters must be"),
+    (with_value("char_cnn", "filters", []), "filters"),
+    (with_value("char_cnn", "filters", "all"), "filters must be"),
+    (with_value("char_cnn", "n_characters", 100), "n_characters"),
+    (with_value("char_cnn", "max_characters_per_token", 40), "must be 50"),
+    (with_value("char_cnn", "n_highway", -1), "n_highway is -1"),
+    (with_value("lstm", "dim", -7), "dim is -7"), (with_value("lstm", "dim", "7"), "dim is '7'"),
+    (with_value("lstm", "dim", 7.5), "dim is 7.5"), (with_value("lstm", "n_layers", 0), "n_layers is 0"),
+    (with_value("lstm", "dim", True), "dim is True"),
+    (with_value("lstm", "cell_clip", math.nan), "cell_clip is nan"),
+    (with_value("lstm", "use_skip_connections", 1), "use_skip_connections is 1"),
+    (with_value("dropout", 1.0), "dropout is 1.0"), (with_value("batch_size", 0), "batch_size is 0"),
+    (with_value("unroll_steps", -20), "unroll_steps is -20"),
+    (with_value("learning_rate", -0.2), "learning_rate is -0.2"),
+], ids=lambda value: value if isinstance(value, str) and len(value) < 60 and "{" not in value else "")
+def test_options_that_cannot_be_used_are_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "options.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(data.InputError) as error:
+        elmo.read_options(str(path))
+    line = str(error.value)
+    assert line.startswith(f"{path}: ") and message in line and "\n" not in line
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Character CNN (sections 3.1 and 3.4)
+# ---------------------------------------------------------------------------------------------------------
 
 
 ODD_WORDS = ["a", "The", "I", "elephants", "x" * 47, "x" * 48, "y" * 49, "long" * 30, "naïve", "Δημοκρατία",
              "日本語",
              "🙂", "ภาษาไทย" * 4, "<S>", "</S>", "<UNK>", "..."]
-
-# ---------------------------------------------------------------------------------------------------------
-# Character CNN (section 3.1, 3.4)
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation, n_highway, filters", [
@@ -546,27 +723,16 @@ def test_the_character_encoder_equals_numpy(activation, n_highway, filters):
     close(encoder(Tensor(chars)), numpy_encoder(chars, weights(encoder), o))
 
 
-def test_bytes_beyond_the_48th_do_not_count():
-    o = options()
-    encoder = randomize(elmo.CharEncoder(o, np.random.default_rng(0)))
-    a, b, c = encoder(Tensor(np.array([char_ids("x" * 48), char_ids("x" * 48 + "tail"),
-                                       char_ids("x" * 47)]))).asnumpy()
-    assert (a == b).all() and np.abs(a - c).max() > 1e-3
-
-
-@pytest.mark.parametrize("filters", [((1, 3), (2, 4), (3, 5)), ((7, 6), (2, 3)), ((50, 2), (1, 4))])
+@pytest.mark.parametrize("filters", [((1, 3), (2, 4), (3, 5)), ((7, 6), (2, 3)), ((40, 6), (1, 4))])
 def test_short_words_need_not_come_with_all_their_padding(filters):
-    o = options(filters=filters)
-    encoder = randomize(elmo.CharEncoder(o, np.random.default_rng(0)))
-    full = encoder(Tensor(np.array([char_ids(word) for word in ODD_WORDS]))).asnumpy()
+    bilm, place = randomize(elmo.BiLM(options(filters=filters))), np.arange(len(ODD_WORDS))
+    full = numpy_encoder(np.array([char_ids(word) for word in ODD_WORDS]), weights(bilm), bilm.options)
     widest = max(width for width, _ in filters)
-    for size in sorted({min(size, 50 - widest) for size in (0, 3, 11, 43)}):
-        number = sum((char_ids(word) != data.PADDING + 1).sum() <= size for word in ODD_WORDS)
+    for size in sorted({min(size, 50 - widest) for size in (3, 11, 43)}):
+        number = sum(int((char_ids(word) != data.PADDING + 1).sum()) <= size for word in ODD_WORDS)
+        assert 0 < number < len(ODD_WORDS)
         slots = Slots(((number, size), (len(ODD_WORDS) - number, 50)))
-        chars, place = slots.fill(ODD_WORDS, np.arange(len(ODD_WORDS)))
-        assert len(chars) == len(ODD_WORDS)
-        groups = [chars[:number, :size + widest]] * bool(number) + [chars[number:]]
-        close(encoder(*map(Tensor, groups)).asnumpy()[place], full, 1e-6)
+        close(bilm.token_representations(*map(Tensor, slots.fill(ODD_WORDS, place)), slots), full)
 
 
 def test_the_gradient_of_the_maximum_goes_to_its_first_position_alone():
@@ -601,10 +767,10 @@ def test_the_gradient_of_the_character_encoder_is_right_for_every_weight(activat
         close(gradient, expected[p.name])
     assert all(np.abs(gradient).max() > 1e-3 for gradient in expected.values())
 
+# ---------------------------------------------------------------------------------------------------------
+# 3. LSTM with projection
+# ---------------------------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------
-# LSTM with projection
-# ---------------------------------------------------------------------------------------------------------
 
 LSTM_INPUTS = ("x", "h", "c", "kernel", "bias", "projection")
 
@@ -639,30 +805,10 @@ def test_the_lstm_and_its_gradient_equal_numpy(cell_clip, proj_clip, active):
         close(actual, expected[name] * (name not in ("h", "c")))  # gradients stop at the window's begin
         assert np.abs(expected[name]).max() > 1e-2
 
-
-def test_two_windows_equal_one_of_double_length():
-    x, h, c, *w = map(Tensor, lstm_inputs())
-    lstm = elmo.ProjectedLSTM(0.4, 0.2)
-    whole = lstm(x, h, c, *w)[0].asnumpy()
-    first, hs, cs, _ = lstm(x[:2], h, c, *w)
-    second = lstm(x[2:], hs[-1], cs[-1], *w)[0]
-    close(np.concatenate((first.asnumpy(), second.asnumpy())), whole, 1e-6)
-
-
-def test_the_forget_gate_bias_is_added_when_run_not_stored():
-    stored = [array for name, array in weights(elmo.BiLM(options())).items() if name.endswith("/B")]
-    assert len(stored) == 4 and not np.any(stored)
-    dim, c = 5, random(2, 5)
-    x, h = np.zeros((1, 2, 4), np.float32), np.zeros((2, 3), np.float32)
-    w = np.zeros((7, 4 * dim), np.float32), np.zeros(4 * dim, np.float32), np.zeros((dim, 3), np.float32)
-    _, _, (after,), _ = elmo.ProjectedLSTM(3.0, 3.0)(*map(Tensor, (x, h, c, *w)))
-    # all weights zero: nothing but the forget gate, sigmoid(0 + 1)
-    close(after, c / (1 + math.exp(-1)), 1e-6)
-
-
 # ---------------------------------------------------------------------------------------------------------
-# Bidirectional language model (section 3.1)
+# 4. Bidirectional language model (section 3.1)
 # ---------------------------------------------------------------------------------------------------------
+
 
 RAGGED = [["The", "cat", "sat", "."], ["one"], [], ["naïve", "日本語", "z" * 60], ["a", "a", "a", "a", "a", "b"]]
 
@@ -687,14 +833,6 @@ def test_the_bilm_equals_numpy_sentence_by_sentence(n_layers, use_skip_connectio
     assert np.isclose(np.abs(h), o.proj_clip).any() and np.isclose(np.abs(c), o.cell_clip).any()
 
 
-def test_layer_0_is_the_token_representation_twice():
-    o = options()
-    bilm = randomize(elmo.BiLM(o))
-    layers, _, _ = bilm(batch_to_ids([["The", "cat"]]))
-    alone = bilm.encoder(Tensor(np.array([char_ids("The"), char_ids("cat")]))).asnumpy()
-    close(layers[0][0], np.concatenate((alone, alone), 1), 1e-6)
-
-
 def test_a_sentence_gets_the_same_vectors_whatever_was_read_before_or_stands_beside_it():
     bilm = randomize(elmo.BiLM(options()))
 
@@ -703,13 +841,13 @@ def test_a_sentence_gets_the_same_vectors_whatever_was_read_before_or_stands_bes
         layers = np.array([layer.asnumpy() for layer in layers])
         return [layers[:, k, :len(words)] for k, words in enumerate(sentences)]
     together, again, reversed_order = vectors(RAGGED), vectors(RAGGED), vectors(RAGGED[::-1])[::-1]
-    for k, words in enumerate(RAGGED[:2]):
+    for k, words in enumerate(RAGGED):
         assert (again[k] == together[k]).all()  # no hidden state between calls
         close(reversed_order[k], together[k], 1e-6)
         close(vectors([words])[0], together[k], 1e-6)  # neither neighbours nor padding
 
 
-def test_nothing_but_empty_sentences():
+def test_a_batch_of_empty_sentences_gives_vectors_of_no_words():
     bilm = elmo.BiLM(options())
     for sentences in ([[], []], [[]]):
         layers, mask, _ = bilm(batch_to_ids(sentences))
@@ -730,7 +868,31 @@ def test_a_given_state_is_read_on_from():
         assert np.abs(expected - numpy_layers(after[k], w, o)[0]).max() > 1e-2
 
 
-def test_initial_values_are_those_of_the_specification():
+@pytest.mark.parametrize("use_skip_connections", [True, False])
+def test_dropout_drops_the_input_of_each_layer_and_the_residual_adds_what_is_left(use_skip_connections):
+    o = options(dropout=0.4, use_skip_connections=use_skip_connections)
+    bilm, x = randomize(elmo.BiLM(o)), random(2, 4, 3, o.projection)
+    keep = np.random.default_rng(0).random((3, 2, 4, 3, o.projection)) > o.dropout
+    outputs, _ = bilm.contextualize(Tensor(x), elmo.zero_state(o, 3), Tensor(keep))
+    for d in (0, 1):
+        expected, _ = numpy_direction(x[d], weights(bilm), d, o, keep=keep[:, d])
+        for layer in (0, 1):
+            close(outputs[d][layer], expected[layer])
+        assert np.abs(expected[1] - numpy_direction(x[d], weights(bilm), d, o)[0][1]).max() > 0.1
+
+
+def test_the_forget_gate_bias_is_added_when_run_not_stored():
+    stored = [array for name, array in weights(elmo.BiLM(options())).items() if name.endswith("/B")]
+    assert len(stored) == 4 and not np.any(stored)
+    dim, c = 5, random(2, 5)
+    x, h = np.zeros((1, 2, 4), np.float32), np.zeros((2, 3), np.float32)
+    w = np.zeros((7, 4 * dim), np.float32), np.zeros(4 * dim, np.float32), np.zeros((dim, 3), np.float32)
+    _, _, (after,), _ = elmo.ProjectedLSTM(3.0, 3.0)(*map(Tensor, (x, h, c, *w)))
+    # all weights zero: nothing but the forget gate, sigmoid(0 + 1)
+    close(after, c / (1 + math.exp(-1)), 1e-6)
+
+
+def test_weights_begin_with_the_values_of_bilm_tf():
     bilm, softmax = elmo.BiLM(replace(elmo.SIZES["tiny"], n_highway=2)), elmo.Softmax(5000, 64)
     w = weights(bilm, softmax)
 
@@ -752,74 +914,8 @@ def test_initial_values_are_those_of_the_specification():
     tanh = weights(elmo.BiLM(replace(elmo.SIZES["tiny"], activation="tanh")))
     assert is_normal(tanh["CNN/W_cnn_4"], (5 * 16) ** -0.5)
 
-
 # ---------------------------------------------------------------------------------------------------------
-# The published weights of AllenNLP's test fixture
-# ---------------------------------------------------------------------------------------------------------
-
-
-def fixture_file(name):
-    path = os.path.join(FIXTURE, name)
-    if not os.path.exists(path):
-        pytest.skip(f"{path} is not there: the fixture is no part of this repository")
-    return path
-
-
-@pytest.fixture(scope="module")
-def published():
-    """AllenNLP's weights, sentences and the vectors bilm-tf gave them, in three columns of ten rows."""
-    h5py = pytest.importorskip("h5py", reason="h5py, which .hdf5 files need, is not installed")
-    with open(fixture_file("lm_embeddings_sentences.json"), encoding="utf-8") as file:
-        columns = [[line.split() for line in column] for column in json.load(file)]
-    vectors = []
-    for k in range(3):
-        with h5py.File(fixture_file(f"lm_embeddings_{k}.hdf5"), "r") as file:
-            both = [file[str(n)][...] for n in range(10)]  # [2, words, 16]
-        vectors.append([np.concatenate((forward, backward), 1) for forward, backward in both])
-    bilm = elmo.BiLM(fixture_file("options.json"), fixture_file("lm_weights.hdf5"))
-    return types.SimpleNamespace(bilm=bilm, columns=columns, vectors=vectors, h5py=h5py)
-
-
-def test_a_fresh_model_gives_the_first_row_of_the_fixture(published):
-    vectors = elmo.Embedder(published.bilm)([column[0] for column in published.columns])
-    for k in range(3):
-        close(vectors[k][2], published.vectors[k][0])
-
-
-def test_the_fixtures_ten_rows_when_states_are_carried_from_row_to_row(published):
-    bilm, longest = published.bilm, max(len(words) for column in published.columns for words in column)
-
-    @ms.jit
-    def read(ids, state):
-        layers, _, state = bilm(ids, state)
-        return layers[2], state
-
-    state = elmo.zero_state(bilm.options, 3)
-    for row in range(10):
-        sentences = [column[row] for column in published.columns]
-        ids = batch_to_ids([*sentences, ["padding"] * longest])[:3]  # all rows of one shape: compiled once
-        vectors, state = read(ids, state)
-        for k, words in enumerate(sentences):
-            close(vectors[k, :len(words)], published.vectors[k][row])
-
-
-@pytest.mark.parametrize("n_characters", [261, 262, None])
-def test_261_and_262_characters_mean_the_same(published, tmp_path, n_characters):
-    with open(fixture_file("options.json"), encoding="utf-8") as file:
-        content = json.load(file)
-    content["char_cnn"]["n_characters"] = n_characters
-    if n_characters is None:
-        del content["char_cnn"]["n_characters"]
-    path = tmp_path / "options.json"
-    path.write_text(json.dumps(content))
-    bilm = elmo.BiLM(str(path), fixture_file("lm_weights.hdf5"))
-    assert bilm.options == published.bilm.options
-    expected = weights(published.bilm)
-    assert all((array == expected[name]).all() for name, array in weights(bilm).items())
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Softmax, full and sampled
+# 5. Softmax, full and sampled
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -830,7 +926,7 @@ def test_the_full_softmax_equals_numpy():
     close(softmax(Tensor(y), Tensor(target)), numpy_softmax(y, w["softmax/W"], w["softmax/b"], target))
 
 
-def test_the_full_softmax_of_a_large_vocabulary_is_taken_piece_by_piece():
+def test_the_full_softmax_of_more_positions_than_fit_at_once_equals_numpy():
     softmax = randomize(elmo.Softmax(1 << 20, 2))  # 32 positions at once
     y, target, some = random(33, 2), 31_000 * np.arange(33, dtype=np.int32), [0, 31, 32]
     w = weights(softmax)
@@ -855,7 +951,7 @@ def sampled_loss(y, W, b, target, drawn, target_log_q, drawn_log_q):
                                      undrawn)
 
 
-def test_the_sampled_softmax_equals_tensorflows_with_accidental_hits():
+def test_the_sampled_softmax_equals_numpy_and_leaves_accidental_hits_out():
     inputs = sampled_inputs()
     assert 0 < np.isin(inputs[3], inputs[4]).sum() < len(inputs[3])
     close(sampled_loss(*inputs), numpy_sampled_softmax(*inputs).mean())
@@ -913,7 +1009,7 @@ def test_drawn_classes_are_distinct_and_the_draws_are_counted():
     assert sorted(found) == list(range(50)) and count > 50
 
 
-def test_the_expected_count_of_a_class():
+def test_a_class_is_expected_as_often_as_it_is_not_missed_by_every_draw():
     classes, draws, rng = 6, 4, np.random.default_rng(0)
     p = np.log((np.arange(classes) + 2) / (np.arange(classes) + 1)) / np.log(classes + 1)
     assert np.isclose(p.sum(), 1)
@@ -925,10 +1021,251 @@ def test_the_expected_count_of_a_class():
     assert np.isclose(data.log_expected_count(k, n, V), np.log(n * np.log1p(1 / (k + 1)) / np.log(V + 1)),
                       atol=1e-3)
 
+# ---------------------------------------------------------------------------------------------------------
+# 6. ELMo: the scalar mix (section 3.2, equation 1)
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_scalar_mix_is_equation_1():
+    layers, mix = random(3, 2, 4, 6), elmo.ScalarMix(3)
+    close(mix([Tensor(h) for h in layers]), layers.mean(0), 1e-6)  # at first
+    mix.scalar_parameters.set_data(Tensor(np.array([0.5, -1, 2], np.float32)))
+    mix.gamma.set_data(Tensor(np.array([0.7], np.float32)))
+    close(mix([Tensor(h) for h in layers]), numpy_mix(layers, np.array([0.5, -1, 2]), 0.7), 1e-6)
+
+
+def test_layer_normalization_makes_each_tokens_mean_0_and_variance_1_before_the_mix():
+    layers, mix = 3 * random(3, 2, 4, 6) + 5, elmo.ScalarMix(3, do_layer_norm=True)
+    mix.scalar_parameters.set_data(Tensor(np.array([0.5, -1, 2], np.float32)))
+    normal = (layers - layers.mean(-1, keepdims=True)) / layers.std(-1, keepdims=True)
+    close(mix([Tensor(h) for h in layers]), numpy_mix(normal, np.array([0.5, -1, 2]), 1))
+    # padding, say: all equal
+    close(mix([Tensor(np.full((1, 2, 6), 3, np.float32))] * 3), np.zeros((1, 2, 6)))
+
+
+SENTENCES = [["The", "cat", "sat"], ["one"], []]
+
+
+def test_elmo_gives_a_mix_of_the_bilms_layers_for_each_representation(files):
+    net = elmo.Elmo(files.options, files.weights, num_output_representations=2, dropout=0.0)
+    net.scalar_mixes[1].scalar_parameters.set_data(Tensor(np.array([1, 2, 3], np.float32)))
+    ids = batch_to_ids(SENTENCES)
+    result = net(ids)
+    layers, mask, _ = files.bilm(ids)
+    layers = [layer.asnumpy() for layer in layers]
+    assert set(result) == {"elmo_representations", "mask"} and len(result["elmo_representations"]) == 2
+    assert result["elmo_representations"][0].shape == (3, 3, 10)
+    assert (result["mask"].asnumpy() == mask.asnumpy()).all()
+    close(result["elmo_representations"][0], numpy_mix(layers, np.zeros(3), 1))
+    close(result["elmo_representations"][1], numpy_mix(layers, np.arange(1.0, 4), 1))
+
+
+def test_elmo_drops_only_while_training(files):
+    net, ids = elmo.Elmo(files.options, files.weights, dropout=0.5), batch_to_ids([["a", "b"]] * 16)
+    quiet = net(ids)["elmo_representations"][0].asnumpy()
+    assert (net(ids)["elmo_representations"][0].asnumpy() == quiet).all() and (quiet != 0).all()
+    net.set_train()
+    noisy = net(ids)["elmo_representations"][0].asnumpy()
+    assert 0.35 < (noisy == 0).mean() < 0.65
+    close(noisy[noisy != 0], 2 * quiet[noisy != 0])
+    assert (net(ids)["elmo_representations"][0].asnumpy() != noisy).any()
+    net.set_train(False)
+    assert (net(ids)["elmo_representations"][0].asnumpy() == quiet).all()
+
+
+class Classifier(nn.Cell):
+    """A user's network: is there a "good" in the sentence?"""
+
+    def __init__(self, files, requires_grad):
+        super().__init__()
+        self.elmo = elmo.Elmo(files.options, files.weights, dropout=0.0, requires_grad=requires_grad)
+        self.dense = nn.Dense(10, 2)
+
+    def construct(self, ids):
+        result = self.elmo(ids)
+        vectors = result["elmo_representations"][0] * result["mask"].astype(ms.float32)[:, :, None]
+        return self.dense(vectors.sum(1))
+
+
+def toy_task():
+    words = np.random.default_rng(0).choice(["a", "b", "good", "bad"], (16, 3))
+    return batch_to_ids(words.tolist()), Tensor((words == "good").any(1).astype(np.int32))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_gradients_reach_the_mix_and_the_bilm_where_that_is_asked_for(files, requires_grad):
+    net = Classifier(files, requires_grad)
+    names = {p.name for p in net.trainable_params()}
+    assert {name.rpartition(".")[2] for name in names} >= {"scalar_parameters", "gamma", "weight", "bias"}
+    assert any(name.endswith("char_embed") for name in names) == requires_grad
+    ids, labels = toy_task()
+    everything = ms.ParameterTuple(net.get_parameters())
+
+    def loss_of(ids):
+        return ops.cross_entropy(net(ids), labels)
+    gradient = {p.name.rpartition(".")[2]: g.asnumpy() for p, g
+                in zip(everything, ms.grad(loss_of, None, everything)(ids))}
+    assert np.abs(gradient["scalar_parameters"]).max() > 1e-5 and np.abs(gradient["gamma"]).max() > 1e-5
+    for name in ("char_embed", "CNN/W_cnn_1", "RNN_1/RNN/MultiRNNCell/Cell1/LSTMCell/W_P_0"):
+        assert (np.abs(gradient[name]).max() > 1e-5) == requires_grad
+
+
+def test_fifty_steps_of_a_toy_task_lower_its_loss_in_a_compiled_network(files):
+    net, (ids, labels) = Classifier(files, requires_grad=False), toy_task()
+    optimizer = nn.Adam(net.trainable_params(), 0.05)
+
+    def loss_of(ids, labels):
+        return ops.cross_entropy(net(ids), labels)
+    gradient = ms.value_and_grad(loss_of, None, optimizer.parameters)
+
+    @ms.jit
+    def step(ids, labels):
+        loss, grads = gradient(ids, labels)
+        optimizer(grads)
+        return loss
+    before = {p.name: p.asnumpy().copy() for p in net.get_parameters()}
+    losses = [float(step(ids, labels).asnumpy()) for _ in range(50)]
+    assert losses[-1] < losses[0] / 2
+    changed = {name for name, p in net.parameters_dict().items() if (p.asnumpy() != before[name]).any()}
+    changed = {name.rpartition(".")[2] for name in changed}
+    assert {"scalar_parameters", "gamma"} <= changed and "char_embed" not in changed
+
+# ---------------------------------------------------------------------------------------------------------
+# 7. Published weights
+# ---------------------------------------------------------------------------------------------------------
+
+
+def fixture_file(name):
+    path = os.path.join(FIXTURE, name)
+    if not os.path.exists(path):
+        pytest.skip(f"{path} is not there: the fixture is no part of this repository")
+    return path
+
+
+@pytest.fixture(scope="module")
+def published():
+    """AllenNLP's weights, sentences and the vectors bilm-tf gave them, in three columns of ten rows."""
+    h5py = pytest.importorskip("h5py", reason="h5py, which .hdf5 files need, is not installed")
+    with open(fixture_file("lm_embeddings_sentences.json"), encoding="utf-8") as file:
+        columns = [[line.split() for line in column] for column in json.load(file)]
+    vectors = []
+    for k in range(3):
+        with h5py.File(fixture_file(f"lm_embeddings_{k}.hdf5"), "r") as file:
+            both = [file[str(n)][...] for n in range(10)]  # [2, words, 16]
+        vectors.append([np.concatenate((forward, backward), 1) for forward, backward in both])
+    bilm = elmo.BiLM(fixture_file("options.json"), fixture_file("lm_weights.hdf5"))
+    return types.SimpleNamespace(bilm=bilm, columns=columns, vectors=vectors, h5py=h5py)
+
+
+def test_a_fresh_model_gives_the_first_row_of_the_fixture(published):
+    vectors = elmo.Embedder(published.bilm)([column[0] for column in published.columns])
+    for k in range(3):
+        close(vectors[k][2], published.vectors[k][0])
+
+
+def test_carrying_states_from_row_to_row_gives_the_fixtures_ten_rows(published):
+    bilm, longest = published.bilm, max(len(words) for column in published.columns for words in column)
+
+    @ms.jit
+    def read(ids, state):
+        layers, _, state = bilm(ids, state)
+        return layers[2], state
+
+    state = elmo.zero_state(bilm.options, 3)
+    for row in range(10):
+        sentences = [column[row] for column in published.columns]
+        ids = batch_to_ids([*sentences, ["padding"] * longest])[:3]  # all rows of one shape: compiled once
+        vectors, state = read(ids, state)
+        for k, words in enumerate(sentences):
+            close(vectors[k, :len(words)], published.vectors[k][row])
+
+
+@pytest.mark.parametrize("n_characters", [261, 262, None])
+def test_261_and_262_characters_mean_the_same(published, tmp_path, n_characters):
+    with open(fixture_file("options.json"), encoding="utf-8") as file:
+        content = json.load(file)
+    content["char_cnn"]["n_characters"] = n_characters
+    if n_characters is None:
+        del content["char_cnn"]["n_characters"]
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps(content))
+    bilm = elmo.BiLM(str(path), fixture_file("lm_weights.hdf5"))
+    assert bilm.options == published.bilm.options
+    expected = weights(published.bilm)
+    assert all((array == expected[name]).all() for name, array in weights(bilm).items())
+
+
+def test_an_export_holds_the_published_names_and_shapes_and_the_best_weights(trained, exported):
+    import h5py
+    o, n = trained.options, 12
+    shapes = {"char_embed": (261, 4), "CNN/W_cnn_0": (1, 1, 4, 3), "CNN/W_cnn_1": (1, 2, 4, 4),
+              "CNN/W_cnn_2": (1, 3, 4, 5),
+              "CNN/b_cnn_0": (3,), "CNN/b_cnn_1": (4,), "CNN/b_cnn_2": (5,),
+              "CNN_high_0/W_carry": (n, n), "CNN_high_0/b_carry": (n,), "CNN_high_0/W_transform": (n, n),
+              "CNN_high_0/b_transform": (n,), "CNN_proj/W_proj": (n, 5), "CNN_proj/b_proj": (5,),
+              "softmax/W": (len(trained.vocabulary), 5), "softmax/b": (len(trained.vocabulary),)}
+    for d, layer in itertools.product(range(2), range(2)):
+        cell = f"RNN_{d}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
+        shapes.update({cell + "W_0": (10, 28), cell + "B": (28,), cell + "W_P_0": (7, 5)})
+    found = {}
+    with h5py.File(exported, "r") as file:
+        def visit(name, item):
+            if isinstance(item, h5py.Dataset):
+                found[name] = item[...]
+        file.visititems(visit)
+    assert {name: array.shape for name, array in found.items()} == shapes
+    assert all(array.dtype == np.float32 for array in found.values())
+    with np.load(trained.model / "best.npz") as best:
+        assert all((best[name] == array).all() for name, array in found.items())
+    # i, j, f, o
+    forget = [array.reshape(4, o.dim)[2] for name, array in found.items() if name.endswith("/B")]
+    assert all(np.abs(array).max() < 0.5 for array in forget)  # it began at 0; 1 is added when run
+    with open(trained.folder / "elmo_options.json", encoding="utf-8") as file:
+        content = json.load(file)
+    assert content["char_cnn"]["n_characters"] in (261, 262) and content["lstm"]["projection_dim"] == 5
+    assert content["char_cnn"]["filters"] == [[1, 3], [2, 4], [3, 5]] and content["lstm"]["dim"] == 7
+
+
+def test_weights_go_out_and_in_bit_by_bit(trained, trained_bilm, exported):
+    bilm = trained_bilm
+    softmax = elmo.Softmax(len(trained.vocabulary), 5)
+    assert elmo.load_weights(str(exported), softmax, optional=True) is True
+    with np.load(trained.model / "best.npz") as best:
+        for name, array in weights(bilm, softmax).items():
+            assert (best[name] == array).all()
+
+
+def test_testing_published_weights_gives_the_perplexities_of_the_run_they_come_from(trained, exported):
+    out = succeed("test", "--device", "CPU", "--data", trained.folder / "heldout.mindrecord", "--vocab",
+                  trained.folder / "vocab", "--options", trained.folder / "elmo_options.json", "--weights",
+                  exported)
+    assert f"held-out {out.splitlines()[-1]}" == trained.out.splitlines()[-1].partition(": ")[2]
+
+
+def test_fine_tuning_prints_the_perplexity_before_and_says_where_the_softmax_is_new(
+        trained, files, exported, monkeypatch, tmp_path):
+    monkeypatch.setattr(elmo, "make_step", lambda *args: idle_step)
+    monkeypatch.chdir(tmp_path)  # where there is no heldout.mindrecord, which would be taken by itself
+    command = ["train", "--device", "CPU", "--data", trained.folder / "train.mindrecord", "--vocab",
+               trained.folder / "vocab", "--steps", "1", "--options", trained.folder / "elmo_options.json"]
+    fresh = succeed(*command, "--weights", files.weights, "--out", "fine1")
+    assert "has no softmax: that table starts fresh" in fresh and "held-out" not in fresh
+    full = succeed(*command, "--weights", exported, "--out", "fine2", "--heldout",
+                   trained.folder / "heldout.mindrecord")
+    assert "fresh" not in full
+    before = re.search(f"before training: held-out ({PERPLEXITY})", full)[1]
+    assert f"held-out {before}" in trained.out.splitlines()[-1]  # it goes on where that run ended
+
+
+def test_a_missing_h5py_is_told_with_its_remedy(files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(data.InputError, match="pip install h5py"):
+        elmo.BiLM(options(), files.weights)
 
 # ---------------------------------------------------------------------------------------------------------
 # The stream of training batches
 # ---------------------------------------------------------------------------------------------------------
+
 
 VOCABULARY = [*SPECIAL, "the", "of", "a", "cat", "dog", "sat", "on", "mat", "."]
 
@@ -984,7 +1321,7 @@ def sentences_of_row(row):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(a, b))
+    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
 
 
 def test_without_a_seed_every_prediction_comes_once_in_rows_that_carry_on():
@@ -1029,7 +1366,7 @@ def test_a_window_names_each_word_once_and_is_full():
         assert place.dtype == target.dtype == np.int32
 
 
-def test_the_stream_depends_on_the_seed_alone():
+def test_one_seed_gives_one_stream_and_another_seed_another():
     corpus, o = Sentences(some_sentences()), options(dropout=0.1)
     slots = Slots.measure(Rows(corpus, o, 5), o)
 
@@ -1037,7 +1374,9 @@ def test_the_stream_depends_on_the_seed_alone():
         return list(itertools.islice(data.training_batches(corpus, slots, len(VOCABULARY), o, seed), 20))
     for (rows, batch, position), (rows_, batch_, position_) in zip(batches(5), batches(5)):
         assert (rows == rows_).all() and same(batch, batch_) and (position == position_).all()
-    assert not any(same(a[1], b[1]) for a, b in zip(batches(5), batches(6)))
+    for (rows, batch, _), (rows_, batch_, _) in zip(batches(5), batches(6)):
+        assert not (batch.chars[batch.words] == batch_.chars[batch_.words]).all()
+        assert not (batch.keep == batch_.keep).all() and not (rows[batch.drawn] == rows_[batch_.drawn]).all()
 
 
 def test_the_stream_goes_on_from_any_position_with_the_very_same_batches():
@@ -1078,8 +1417,22 @@ def test_the_slots_have_room_for_the_stream():
     shapes = {tuple(array.shape for array in slots.fill(words, place))
               for words, place, _, _ in itertools.islice(Rows(corpus, o, 0), 100)}
     assert shapes == {((sum(number for number, _ in slots.tiers), 50), (2, 4, 8))}
-    wide = options(filters=((49, 5),), projection=4)
-    assert Slots.measure(Rows(corpus, wide, 0), wide).tiers[-1][1] == 50
+    wide = options(filters=((49, 5),), projection=4, batch_size=8)
+    words, place, _, _ = next(iter(Rows(corpus, wide, 0)))
+    chars, slot = Slots.measure(Rows(corpus, wide, 0), wide).fill(words, place)
+    assert (chars[slot] == np.array([char_ids(word) for word in words])[place]).all()
+
+
+def test_each_direction_subtracts_the_expected_counts_of_its_own_draws(monkeypatch):
+    draws = itertools.cycle((7, 29))  # of the forward direction, of the backward
+    monkeypatch.setattr(data, "log_uniform_sample", lambda rng, number, classes: (np.arange(number), next(draws)))
+    corpus, o, V = Sentences(some_sentences()), options(), len(VOCABULARY)
+    rows, batch, _ = next(data.training_batches(corpus, Slots(((60, 50),)), V, o, 0))
+    for d, n in ((0, 7), (1, 29)):
+        for which, log_q in ((batch.drawn, batch.drawn_log_q), (batch.target, batch.target_log_q)):
+            k = rows[which[d]]
+            p = np.log((k + 2) / (k + 1)) / math.log(V + 1)
+            close(log_q[d], np.log(1 - (1 - p) ** n))
 
 
 @pytest.mark.parametrize("classes, negatives, sample", [(12, 6, True), (500, 6, True), (12, 6, False)])
@@ -1088,7 +1441,7 @@ def test_a_batch_numbers_the_rows_of_the_softmax_that_it_touches(classes, negati
     o = options(n_negative_samples_batch=negatives, sample_softmax=sample)
     corpus = Sentences(some_sentences(), vocabulary)
     slots, shapes, drawn_sets = Slots.measure(Rows(corpus, o, 0), o), set(), set()
-    windows = Rows(corpus, o, seed=0)
+    windows = iter(Rows(corpus, o, seed=0))
     for rows, batch, _ in itertools.islice(data.training_batches(corpus, slots, classes, o, 0), 10):
         words, place, target, _ = next(windows)
         target = target.reshape(2, -1)
@@ -1101,19 +1454,26 @@ def test_a_batch_numbers_the_rows_of_the_softmax_that_it_touches(classes, negati
             assert (batch.undrawn[d] == [t not in drawn[d] for t in target[d]]).all()
             assert len(set(drawn[d])) == len(drawn[d])
             drawn_sets.add(tuple(drawn[d]))
-            if sample:  # the number of draws, from the expected count of any class
-                p = np.log((drawn[d] + 2) / (drawn[d] + 1)) / np.log(classes + 1)
-                draws = np.log1p(-np.exp(batch.drawn_log_q[d].astype(float))) / np.log1p(-p)
-                draws = np.median(np.round(draws))
-                assert draws >= negatives
-                close(batch.drawn_log_q[d], data.log_expected_count(drawn[d], draws, classes), 1e-5)
-                close(batch.target_log_q[d], data.log_expected_count(target[d], draws, classes), 1e-5)
-            else:
+            if not sample:
                 assert sorted(drawn[d]) == list(range(classes))
                 assert not batch.drawn_log_q.any() and not batch.target_log_q.any()
         shapes.add(tuple((array.shape, array.dtype.str) for array in (rows, *batch)))
     assert len(shapes) == 1  # one static graph
     assert len(drawn_sets) == (20 if sample else 1)  # fresh negatives for each step and direction
+
+
+def test_dropout_masks_are_fresh_at_every_time_step_and_keep_the_share_asked_for():
+    o = options(dropout=0.1, batch_size=16, unroll_steps=10, projection=12)
+    corpus = Sentences(some_sentences(300))
+    slots = Slots.measure(Rows(corpus, o, 0), o)
+    batches = data.training_batches(corpus, slots, len(VOCABULARY), o, 0)
+    keep = np.array([batch.keep for _, batch, _ in itertools.islice(batches, 5)])
+    # [steps, layers + 1, 2, time, batch, projection]
+    assert keep.shape == (5, 3, 2, 10, 16, 12) and keep.dtype == bool
+    assert abs(keep.mean() - 0.9) < 6 * math.sqrt(0.09 / keep.size)
+    for axis in range(5):
+        a, b = keep.take(0, axis), keep.take(1, axis)  # two steps, layers, directions, times, rows
+        assert abs((a == b).mean() - 0.82) < 6 * math.sqrt(0.82 * 0.18 / a.size)  # 0.9² + 0.1²: independent
 
 
 def test_items_made_ahead_are_the_same_and_exceptions_come_through():
@@ -1132,12 +1492,13 @@ def test_items_made_ahead_are_the_same_and_exceptions_come_through():
 def test_no_more_than_a_few_items_are_made_ahead():
     made = []
     items = ahead((made.append(k) or k for k in range(100)), 2)
-    assert next(items) == 0 and len(made) <= 4  # the one taken, two that wait, one in the making
+    assert next(items) == 0
+    time.sleep(0.2)  # for the thread to make what it will
+    assert len(made) <= 4  # the one taken, two that wait, one in the making
     assert list(items) == list(range(1, 100))
 
-
 # ---------------------------------------------------------------------------------------------------------
-# One training step, and many
+# 8. One training step, and many
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -1267,264 +1628,17 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_the_softmax():
     corpus, run = Sentences(some_sentences()), elmo.Run(o, len(VOCABULARY))
     slots = Slots.measure(Rows(corpus, o, 0), o)
     rows, batch, _ = next(data.training_batches(corpus, slots, len(VOCABULARY), o, 0))
-    before = run.softmax.W.asnumpy().copy()
+    before = [table.asnumpy().copy() for table in run.tables]
 
     def step(state, *touched_and_batch):
-        return Tensor(math.nan), Tensor(1.0), state, *touched_and_batch[:4]
+        return Tensor(math.nan), Tensor(1.0), state, *(seen * math.nan for seen in touched_and_batch[:4])
     with pytest.raises(data.InputError, match="step 1: the loss is nan.*--lr"):
         run.advance(step, rows, batch)
-    assert (run.softmax.W.asnumpy() == before).all()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Dropout
-# ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("use_skip_connections", [True, False])
-def test_dropout_drops_the_input_of_each_layer_and_the_residual_adds_what_is_left(use_skip_connections):
-    o = options(dropout=0.4, use_skip_connections=use_skip_connections)
-    bilm, x = randomize(elmo.BiLM(o)), random(2, 4, 3, o.projection)
-    keep = np.random.default_rng(0).random((3, 2, 4, 3, o.projection)) > o.dropout
-    outputs, _ = bilm.contextualize(Tensor(x), elmo.zero_state(o, 3), Tensor(keep))
-    for d in (0, 1):
-        expected, _ = numpy_direction(x[d], weights(bilm), d, o, keep=keep[:, d])
-        for layer in (0, 1):
-            close(outputs[d][layer], expected[layer])
-        assert np.abs(expected[1] - numpy_direction(x[d], weights(bilm), d, o)[0][1]).max() > 0.1
-
-
-def test_a_fresh_mask_at_every_time_step_and_as_many_kept_as_asked_for():
-    o = options(dropout=0.1, batch_size=16, unroll_steps=10, projection=12)
-    corpus = Sentences(some_sentences(300))
-    slots = Slots.measure(Rows(corpus, o, 0), o)
-    batches = data.training_batches(corpus, slots, len(VOCABULARY), o, 0)
-    keep = np.array([batch.keep for _, batch, _ in itertools.islice(batches, 5)])
-    # [steps, layers + 1, 2, time, batch, projection]
-    assert keep.shape == (5, 3, 2, 10, 16, 12) and keep.dtype == bool
-    assert abs(keep.mean() - 0.9) < 6 * math.sqrt(0.09 / keep.size)
-    for axis in range(5):
-        a, b = keep.take(0, axis), keep.take(1, axis)  # two steps, layers, directions, times, rows
-        assert abs((a == b).mean() - 0.82) < 6 * math.sqrt(0.82 * 0.18 / a.size)  # 0.9² + 0.1²: independent
-
+    assert all((table.asnumpy() == old).all() for table, old in zip(run.tables, before))
 
 # ---------------------------------------------------------------------------------------------------------
-# Perplexity
+# 9. A run and its checkpoints
 # ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size, unroll_steps", [(2, 4), (5, 7)])
-def test_the_perplexity_is_that_of_numpy_over_every_prediction_once(batch_size, unroll_steps):
-    o = options(batch_size=batch_size, unroll_steps=unroll_steps, dropout=0.1)  # no dropout when testing
-    corpus = Sentences(some_sentences(23))
-    bilm, softmax = randomize(elmo.BiLM(o)), randomize(elmo.Softmax(len(VOCABULARY), o.projection), 1)
-    w, losses = weights(bilm, softmax), ([], [])
-    for row in read_rows(Rows(corpus, o)):
-        for d in (0, 1):  # the whole row in one go, no windows
-            x = numpy_encoder(np.array([char_ids(word) for word, _ in row[d]]), w, o)
-            target = [VOCABULARY.index(target) for _, target in row[d]]
-            losses[d].extend(numpy_softmax(numpy_direction(x, w, d, o)[0][-1], w["softmax/W"], w["softmax/b"],
-                                           target))
-    assert len(losses[0]) % (batch_size * unroll_steps) != 0  # the last window is not full
-    result = elmo.perplexities(bilm, softmax, corpus)
-    assert result.predictions == len(losses[0]) == corpus.tokens + corpus.sentences
-    np.testing.assert_allclose(result[:3], np.exp([np.mean(losses[0]), np.mean(losses[1]), np.mean(losses)]),
-                               rtol=1e-5)
-
-
-def test_perplexities_are_printed_in_the_form_that_other_programs_read():
-    line = str(elmo.Perplexities(252.3149, 242.189, 247.2, 61244))
-    assert line == "perplexity forward 252.31 backward 242.19 average 247.20 over 61244 predictions"
-
-
-# ---------------------------------------------------------------------------------------------------------
-# ELMo: the scalar mix (section 3.2, equation 1)
-# ---------------------------------------------------------------------------------------------------------
-
-
-def numpy_mix(layers, w, gamma):
-    s = np.exp(w) / np.exp(w).sum()
-    return gamma * sum(s_j * h for s_j, h in zip(s, layers))
-
-
-def test_the_scalar_mix_is_equation_1():
-    layers, mix = random(3, 2, 4, 6), elmo.ScalarMix(3)
-    close(mix([Tensor(h) for h in layers]), layers.mean(0), 1e-6)  # at first
-    mix.scalar_parameters.set_data(Tensor(np.array([0.5, -1, 2], np.float32)))
-    mix.gamma.set_data(Tensor(np.array([0.7], np.float32)))
-    close(mix([Tensor(h) for h in layers]), numpy_mix(layers, np.array([0.5, -1, 2]), 0.7), 1e-6)
-
-
-def test_layer_normalization_makes_each_tokens_mean_0_and_variance_1_before_the_mix():
-    layers, mix = 3 * random(3, 2, 4, 6) + 5, elmo.ScalarMix(3, do_layer_norm=True)
-    mix.scalar_parameters.set_data(Tensor(np.array([0.5, -1, 2], np.float32)))
-    normal = (layers - layers.mean(-1, keepdims=True)) / layers.std(-1, keepdims=True)
-    close(mix([Tensor(h) for h in layers]), numpy_mix(normal, np.array([0.5, -1, 2]), 1))
-    # padding, say: all equal
-    close(mix([Tensor(np.full((1, 2, 6), 3, np.float32))] * 3), np.zeros((1, 2, 6)))
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A tiny model's options and weights in the published format, without a softmax, and the model."""
-    h5py = pytest.importorskip("h5py", reason="h5py, which .hdf5 files need, is not installed")
-    folder = tmp_path_factory.mktemp("published")
-    bilm = randomize(elmo.BiLM(options()), 3)
-    elmo.write_json(str(folder / "options.json"), elmo.as_json(bilm.options))
-    with h5py.File(folder / "weights.hdf5", "w") as file:
-        for name, array in weights(bilm).items():
-            file[name] = array.astype(np.float32)
-    return types.SimpleNamespace(options=str(folder / "options.json"), weights=str(folder / "weights.hdf5"),
-                                 bilm=bilm)
-
-
-SENTENCES = [["The", "cat", "sat"], ["one"], []]
-
-
-def test_elmo_gives_a_mix_of_the_bilms_layers_for_each_representation(files):
-    net = elmo.Elmo(files.options, files.weights, num_output_representations=2, dropout=0.0)
-    net.scalar_mixes[1].scalar_parameters.set_data(Tensor(np.array([1, 2, 3], np.float32)))
-    ids = batch_to_ids(SENTENCES)
-    result = net(ids)
-    layers, mask, _ = files.bilm(ids)
-    layers = [layer.asnumpy() for layer in layers]
-    assert set(result) == {"elmo_representations", "mask"} and len(result["elmo_representations"]) == 2
-    assert result["elmo_representations"][0].shape == (3, 3, 10)
-    assert (result["mask"].asnumpy() == mask.asnumpy()).all()
-    close(result["elmo_representations"][0], numpy_mix(layers, np.zeros(3), 1))
-    close(result["elmo_representations"][1], numpy_mix(layers, np.arange(1.0, 4), 1))
-
-
-def test_elmo_drops_only_while_training(files):
-    net, ids = elmo.Elmo(files.options, files.weights, dropout=0.5), batch_to_ids([["a", "b"]] * 16)
-    quiet = net(ids)["elmo_representations"][0].asnumpy()
-    assert (net(ids)["elmo_representations"][0].asnumpy() == quiet).all() and (quiet != 0).all()
-    net.set_train()
-    noisy = net(ids)["elmo_representations"][0].asnumpy()
-    assert 0.35 < (noisy == 0).mean() < 0.65
-    close(noisy[noisy != 0], 2 * quiet[noisy != 0])
-    assert (net(ids)["elmo_representations"][0].asnumpy() != noisy).any()
-    net.set_train(False)
-    assert (net(ids)["elmo_representations"][0].asnumpy() == quiet).all()
-
-
-class Classifier(nn.Cell):
-    """A user's network: is there a "good" in the sentence?"""
-
-    def __init__(self, files, requires_grad):
-        super().__init__()
-        self.elmo = elmo.Elmo(files.options, files.weights, dropout=0.0, requires_grad=requires_grad)
-        self.dense = nn.Dense(10, 2)
-
-    def construct(self, ids):
-        result = self.elmo(ids)
-        vectors = result["elmo_representations"][0] * result["mask"].astype(ms.float32)[:, :, None]
-        return self.dense(vectors.sum(1))
-
-
-def toy_task():
-    words = np.random.default_rng(0).choice(["a", "b", "good", "bad"], (16, 3))
-    return batch_to_ids(words.tolist()), Tensor((words == "good").any(1).astype(np.int32))
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_gradients_reach_the_mix_and_the_bilm_where_that_is_asked_for(files, requires_grad):
-    net = Classifier(files, requires_grad)
-    names = {p.name for p in net.trainable_params()}
-    assert {name.rpartition(".")[2] for name in names} >= {"scalar_parameters", "gamma", "weight", "bias"}
-    assert any(name.endswith("char_embed") for name in names) == requires_grad
-    ids, labels = toy_task()
-    everything = ms.ParameterTuple(net.get_parameters())
-
-    def loss_of(ids):
-        return ops.cross_entropy(net(ids), labels)
-    gradient = {p.name.rpartition(".")[2]: g.asnumpy() for p, g
-                in zip(everything, ms.grad(loss_of, None, everything)(ids))}
-    assert np.abs(gradient["scalar_parameters"]).max() > 1e-5 and np.abs(gradient["gamma"]).max() > 1e-5
-    for name in ("char_embed", "CNN/W_cnn_1", "RNN_1/RNN/MultiRNNCell/Cell1/LSTMCell/W_P_0"):
-        assert (np.abs(gradient[name]).max() > 1e-5) == requires_grad
-
-
-def test_fifty_steps_of_a_toy_task_lower_its_loss_in_a_compiled_network(files):
-    net, (ids, labels) = Classifier(files, requires_grad=False), toy_task()
-    optimizer = nn.Adam(net.trainable_params(), 0.05)
-
-    def loss_of(ids, labels):
-        return ops.cross_entropy(net(ids), labels)
-    gradient = ms.value_and_grad(loss_of, None, optimizer.parameters)
-
-    @ms.jit
-    def step(ids, labels):
-        loss, grads = gradient(ids, labels)
-        optimizer(grads)
-        return loss
-    before = {p.name: p.asnumpy().copy() for p in net.get_parameters()}
-    losses = [float(step(ids, labels).asnumpy()) for _ in range(50)]
-    assert losses[-1] < losses[0] / 2
-    changed = {name for name, p in net.parameters_dict().items() if (p.asnumpy() != before[name]).any()}
-    changed = {name.rpartition(".")[2] for name in changed}
-    assert {"scalar_parameters", "gamma"} <= changed and "char_embed" not in changed
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Command line: train, test, embed, export
-# ---------------------------------------------------------------------------------------------------------
-
-
-def run(*argv, program=elmo):
-    """Runs a command line in this process -> its exit status, what it printed, what it printed as errors."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = program.main([str(arg) for arg in argv])
-    return status, out.getvalue(), errors.getvalue()
-
-
-def succeed(*argv, program=elmo):
-    status, out, errors = run(*argv, program=program)
-    assert status == 0, errors
-    return out
-
-
-EPOCHS = 2
-PERPLEXITY = r"perplexity forward (\d+\.\d\d) backward (\d+\.\d\d) average (\d+\.\d\d) over (\d+) predictions"
-
-
-def training(folder, out):
-    """The command line that trains the model of `trained`."""
-    return ["train", "--device", "CPU", "--data", folder / "train.mindrecord", "--vocab", folder / "vocab",
-            "--heldout", folder / "heldout.mindrecord", "--options", folder / "options.json", "--out", out,
-            "--log-every", 10, "--save-every", 15]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A corpus made by data.py and a model that elmo.py trained on it, with what it printed."""
-    folder, rng = tmp_path_factory.mktemp("trained"), np.random.default_rng(0)
-    animals, verbs, places = "cat dog cow naïve-fox".split(), "sat ran slept".split(), "mat hill road".split()
-    lines = [f"the {rng.choice(animals)} {rng.choice(verbs)} on the {rng.choice(places)} number {k} ."
-             for k in range(130)]
-    text = folder / "text.txt"
-    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    succeed("--input", text, "--output", folder / "train.mindrecord", "--heldout",
-            folder / "heldout.mindrecord",
-            "--heldout-share", 0.1, "--vocab", folder / "vocab", "--build-vocab", "--min-count", 2,
-            program=data)
-    o = options(dropout=0.1, batch_size=8, unroll_steps=3, n_epochs=EPOCHS)
-    elmo.write_json(str(folder / "options.json"), elmo.as_json(o))
-    graphs = []
-    advance = elmo.Run.advance
-
-    def counting(self, *args):
-        advance(self, *args)
-        graphs.append(compiled_graphs())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(elmo.Run, "advance", counting)
-        out = succeed(*training(folder, folder / "model"))
-    vocabulary = Vocabulary(str(folder / "vocab"))
-    corpus, heldout = (data.Corpus(str(folder / name)) for name in ("train.mindrecord", "heldout.mindrecord"))
-    return types.SimpleNamespace(folder=folder, model=folder / "model", out=out, options=o, graphs=graphs,
-                                 vocabulary=vocabulary, corpus=corpus, heldout=heldout)
 
 
 def test_training_logs_its_steps_and_the_heldout_perplexity_of_each_epoch(trained):
@@ -1532,8 +1646,7 @@ def test_training_logs_its_steps_and_the_heldout_perplexity_of_each_epoch(traine
         rows = list(csv.DictReader(file))
     columns = "step,epoch,loss,tokens_per_second,heldout_forward,heldout_backward,heldout_average"
     assert list(rows[0]) == columns.split(",")
-    predictions = trained.corpus.tokens + trained.corpus.sentences
-    ends = [epoch * predictions // (8 * 3) for epoch in range(1, EPOCHS + 1)]
+    ends = [epoch * trained.predictions // (8 * 3) for epoch in range(1, EPOCHS + 1)]
     assert [int(row["step"]) for row in rows] == sorted({*range(10, ends[-1] + 1, 10), *ends})
     assert [int(row["epoch"]) for row in rows] == [1 + (int(row["step"]) > ends[0]) for row in rows]
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 0.1
@@ -1552,8 +1665,8 @@ def test_training_logs_its_steps_and_the_heldout_perplexity_of_each_epoch(traine
 
 
 def test_the_training_step_is_compiled_once(trained):
-    first_epoch = (trained.corpus.tokens + trained.corpus.sentences) // 24
-    assert len(trained.graphs) > first_epoch > 30
+    first_epoch = trained.predictions // 24
+    assert len(trained.graphs) > first_epoch > 30 and trained.graphs[0] < trained.graphs[-1]  # it can count
     # then the held-out text is read, by a graph of its own
     assert len(set(trained.graphs[:first_epoch])) == 1
     assert len(set(trained.graphs[first_epoch:])) == 1
@@ -1567,6 +1680,162 @@ def test_the_folder_of_a_run_holds_what_the_other_commands_need(trained):
     assert (trained.model / "vocab").read_bytes() == (trained.folder / "vocab").read_bytes()
 
 
+def test_the_last_two_checkpoints_are_kept_and_the_best_stays_the_best(trained, monkeypatch, tmp_path):
+    def kept():
+        return [Path(path).name for path in elmo.checkpoints(out)]
+    averages = iter((10.0, 20.0, 15.0))
+    monkeypatch.setattr(elmo, "make_step", lambda *args: idle_step)
+    monkeypatch.setattr(elmo, "perplexities", lambda *args: elmo.Perplexities(1.0, 1.0, next(averages), 1))
+    out, ends = tmp_path / "model", [trained.predictions * epoch // 24 for epoch in (1, 2, 3)]
+    command = [*training(trained.folder, out), "--epochs", 3]
+    killed(monkeypatch, elmo.Run, "advance", ends[1] + 2, *command)
+    assert kept() == [f"step-{k}.npz" for k in (ends[1] // 15 * 15, ends[1])]
+    succeed(*command, "--resume")
+    assert kept() == [f"step-{k}.npz" for k in (ends[2] // 15 * 15, ends[2])]
+    with np.load(out / "best.npz") as best:
+        assert best["run/step"] == ends[0] and best["run/best"] == 10
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for name in ("step-9.npz", "step-100.npz", "step-10.npz", "step-11.npz.part", "best.npz"):
+        (tmp_path / name).touch()
+    assert elmo.checkpoints(tmp_path) == [str(tmp_path / f"step-{k}.npz") for k in (9, 10, 100)]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def killed(monkeypatch, place, name, times, *command):
+    """Runs a command that is killed when a function is called for the n-th time."""
+    original, calls = getattr(place, name), itertools.count(1)
+
+    def dying(*args, **kwargs):
+        if next(calls) == times:
+            raise Killed
+        return original(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, dying)
+        with pytest.raises(Killed):
+            run(*command)
+
+
+def same_runs(a, b):
+    """Whether two runs' folders hold the same checkpoints, bit by bit, and the same log but for the speeds."""
+    logs = []
+    for folder in (a, b):
+        with open(folder / "log.csv", newline="") as file:
+            logs.append([row[:3] + row[4:] for row in csv.reader(file)])
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (a, b)]
+    assert names[0] == names[1] and not any(name.endswith(".part") for name in names[0])
+    return logs[0] == logs[1] and all((a / n).read_bytes() == (b / n).read_bytes() for n in names[0] if "npz" in n)
+
+
+def test_a_run_killed_at_four_places_and_resumed_ends_bit_by_bit_as_one_that_was_not(trained, monkeypatch, tmp_path):
+    out = tmp_path / "model"
+    command = training(trained.folder, out)
+    killed(monkeypatch, elmo.Run, "advance", 10, *command)  # before the first checkpoint
+    killed(monkeypatch, elmo.Run, "advance", 35, *command, "--resume")  # between two
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-15.npz", "step-30.npz"]
+    (out / "step-45.npz.part").write_text("what a kill leaves behind")
+    killed(monkeypatch, np.lib.format, "write_array", 40, *command, "--resume")  # in the middle of a checkpoint
+    killed(monkeypatch, elmo, "perplexities", 1, *command, "--resume")  # in a test, at the end of an epoch
+    newest = elmo.checkpoints(str(out))[-1]
+    os.truncate(newest, os.path.getsize(newest) // 2)
+    printed = succeed(*command, "--resume")
+    assert f"{newest}: damaged" in printed and "resuming after step" in printed
+    assert same_runs(trained.model, out)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_the_run_after_a_checkpoint_and_tells_how_to_go_on(trained, monkeypatch, tmp_path, name):
+    advance, out = elmo.Run.advance, tmp_path / "model"
+
+    def signalled(self, *args):
+        advance(self, *args)
+        if self.step == 7:
+            os.kill(os.getpid(), getattr(signal, name))
+    with monkeypatch.context() as patch:
+        patch.setattr(elmo.Run, "advance", signalled)
+        printed = succeed(*training(trained.folder, out), "--epochs", 1)
+    assert "stopped after step 7" in printed and f"--out {out}" in printed and "--resume" in printed
+    assert elmo.checkpoints(str(out)) == [str(out / "step-7.npz")]
+    if name == "SIGTERM":  # more epochs, as if it had been begun with them
+        succeed(*training(trained.folder, out), "--epochs", EPOCHS, "--resume")
+        assert same_runs(trained.model, out)
+
+
+def test_resuming_a_run_that_is_over_changes_nothing(trained):
+    before = tree(trained.model)
+    assert "all steps are done" in succeed("train", "--device", "CPU", "--data", trained.folder / "train.mindrecord",
+                                           "--out", trained.model, "--resume")
+    assert tree(trained.model) == before
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--lr", 0.5], "learning_rate 0.2, not 0.5"),
+    (["--batch-size", 4], "batch_size 8, not 4"),
+    (["--seed", 1], "run.seed 0, not 1"),
+    (["--amp", "float16"], "run.amp None, not 'float16'"),
+    (["--options", "dim8.json"], "lstm.dim 7, not 8"),
+    (["--data", "heldout.mindrecord"], "run.data"),
+    (["--vocab", "other_vocab", "--data", "other.mindrecord", "--heldout", "other.mindrecord"], "run.vocabulary"),
+])
+def test_another_run_is_not_resumed(trained, monkeypatch, tmp_path, change, message):
+    monkeypatch.chdir(trained.folder)
+    if "other_vocab" in change:
+        words = Path("vocab").read_text(encoding="utf-8").split()
+        Path("other_vocab").write_text("\n".join(words[:3] + words[:2:-1]), encoding="utf-8")
+        succeed("--input", "text.txt", "--output", "other.mindrecord", "--vocab", "other_vocab", program=data)
+    elmo.write_json("dim8.json", elmo.as_json(replace(trained.options, dim=8)))
+    before = tree(trained.model)
+    status, _, errors = run(*training(trained.folder, trained.model), "--resume", *change)
+    assert status == 2 and errors.count("\n") == 1 and message in errors
+    assert tree(trained.model) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoints(trained, monkeypatch, tmp_path):
+    write_array, calls = np.lib.format.write_array, itertools.count()
+
+    def full(*args, **kwargs):
+        if next(calls) > 60:  # in the second checkpoint
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_array(*args, **kwargs)
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    status, _, errors = run(*training(trained.folder, tmp_path / "model"))
+    assert status == 2 and errors.count("\n") == 1
+    assert "step-30.npz: could not be written (No space left on device)" in errors
+    assert [path.name for path in (tmp_path / "model").glob("*.npz*")] == ["step-15.npz"]
+
+# ---------------------------------------------------------------------------------------------------------
+# 10. Test: perplexity
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size, unroll_steps", [(2, 4), (5, 7), (50, 7)])  # the last: more rows than sentences
+def test_the_perplexity_is_that_of_numpy_over_every_prediction_once(batch_size, unroll_steps):
+    o = options(batch_size=batch_size, unroll_steps=unroll_steps, dropout=0.1)  # no dropout when testing
+    corpus = Sentences(some_sentences(23))
+    bilm, softmax = randomize(elmo.BiLM(o)), randomize(elmo.Softmax(len(VOCABULARY), o.projection), 1)
+    w, losses = weights(bilm, softmax), ([], [])
+    for row in filter(all, read_rows(Rows(corpus, o))):  # but for rows without a sentence
+        for d in (0, 1):  # the whole row in one go, no windows
+            x = numpy_encoder(np.array([char_ids(word) for word, _ in row[d]]), w, o)
+            target = [VOCABULARY.index(target) for _, target in row[d]]
+            losses[d].extend(numpy_softmax(numpy_direction(x, w, d, o)[0][-1], w["softmax/W"], w["softmax/b"],
+                                           target))
+    assert len(losses[0]) % (batch_size * unroll_steps) != 0  # the last window is not full
+    result = elmo.perplexities(bilm, softmax, corpus)
+    assert result.predictions == len(losses[0]) == corpus.tokens + corpus.sentences
+    np.testing.assert_allclose(result[:3], np.exp([np.mean(losses[0]), np.mean(losses[1]), np.mean(losses)]),
+                               rtol=1e-5)
+
+
+def test_perplexities_are_printed_in_the_form_that_other_programs_read():
+    line = str(elmo.Perplexities(252.3149, 242.189, 247.2, 61244))
+    assert line == "perplexity forward 252.31 backward 242.19 average 247.20 over 61244 predictions"
+
+
 def test_testing_prints_last_the_perplexities_of_the_best_epoch(trained):
     out = succeed("test", "--device", "CPU", "--data", trained.folder / "heldout.mindrecord", "--out",
                   trained.model)
@@ -1574,83 +1843,9 @@ def test_testing_prints_last_the_perplexities_of_the_best_epoch(trained):
     assert re.fullmatch(PERPLEXITY, last)
     assert f"held-out {last}" in trained.out.splitlines()[-1]
 
-
-@pytest.fixture(scope="module")
-def exported(trained):
-    pytest.importorskip("h5py", reason="h5py, which .hdf5 files need, is not installed")
-    succeed("export", "--device", "CPU", "--out", trained.model, "--weights",
-            trained.folder / "elmo_weights.hdf5")
-    return trained.folder / "elmo_weights.hdf5"
-
-
-def test_an_export_read_by_h5py_alone(trained, exported):
-    import h5py
-    o, n = trained.options, 12
-    shapes = {"char_embed": (261, 4), "CNN/W_cnn_0": (1, 1, 4, 3), "CNN/W_cnn_1": (1, 2, 4, 4),
-              "CNN/W_cnn_2": (1, 3, 4, 5),
-              "CNN/b_cnn_0": (3,), "CNN/b_cnn_1": (4,), "CNN/b_cnn_2": (5,),
-              "CNN_high_0/W_carry": (n, n), "CNN_high_0/b_carry": (n,), "CNN_high_0/W_transform": (n, n),
-              "CNN_high_0/b_transform": (n,), "CNN_proj/W_proj": (n, 5), "CNN_proj/b_proj": (5,),
-              "softmax/W": (len(trained.vocabulary), 5), "softmax/b": (len(trained.vocabulary),)}
-    for d, layer in itertools.product(range(2), range(2)):
-        cell = f"RNN_{d}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
-        shapes.update({cell + "W_0": (10, 28), cell + "B": (28,), cell + "W_P_0": (7, 5)})
-    found = {}
-    with h5py.File(exported, "r") as file:
-        def visit(name, item):
-            if isinstance(item, h5py.Dataset):
-                found[name] = item[...]
-        file.visititems(visit)
-    assert {name: array.shape for name, array in found.items()} == shapes
-    assert all(array.dtype == np.float32 for array in found.values())
-    with np.load(trained.model / "best.npz") as best:
-        assert all((best[name] == array).all() for name, array in found.items())
-    # i, j, f, o
-    forget = [array.reshape(4, o.dim)[2] for name, array in found.items() if name.endswith("/B")]
-    assert all(np.abs(array).max() < 0.5 for array in forget)  # it began at 0; 1 is added when run
-    with open(trained.folder / "elmo_options.json", encoding="utf-8") as file:
-        content = json.load(file)
-    assert content["char_cnn"]["n_characters"] in (261, 262) and content["lstm"]["projection_dim"] == 5
-    assert content["char_cnn"]["filters"] == [[1, 3], [2, 4], [3, 5]] and content["lstm"]["dim"] == 7
-
-
-@pytest.fixture(scope="module")
-def trained_bilm(trained, exported):
-    return elmo.BiLM(str(trained.folder / "elmo_options.json"), str(exported))
-
-
-def test_weights_go_out_and_in_bit_by_bit(trained, trained_bilm, exported):
-    bilm = trained_bilm
-    softmax = elmo.Softmax(len(trained.vocabulary), 5)
-    assert elmo.load_weights(str(exported), softmax, optional=True) is True
-    with np.load(trained.model / "best.npz") as best:
-        for name, array in weights(bilm, softmax).items():
-            assert (best[name] == array).all()
-
-
-def test_testing_published_weights_gives_the_perplexities_of_the_run_they_come_from(trained, exported):
-    out = succeed("test", "--device", "CPU", "--data", trained.folder / "heldout.mindrecord", "--vocab",
-                  trained.folder / "vocab", "--options", trained.folder / "elmo_options.json", "--weights",
-                  exported)
-    assert f"held-out {out.splitlines()[-1]}" == trained.out.splitlines()[-1].partition(": ")[2]
-
-
-def test_fine_tuning_prints_the_perplexity_before_and_says_where_the_softmax_is_new(
-        trained, files, exported, monkeypatch):
-    def idle_step(state, W, b, W_sum, b_sum, *batch):  # need not be compiled
-        return Tensor(1.0), Tensor(1.0), state, W, b, W_sum, b_sum
-    monkeypatch.setattr(elmo, "make_step", lambda *args: idle_step)
-    monkeypatch.chdir(trained.folder)
-    command = ["train", "--device", "CPU", "--data", "train.mindrecord", "--vocab", "vocab", "--steps", "1",
-               "--options", "elmo_options.json"]
-    os.rename("heldout.mindrecord", "aside")  # it would be taken by itself
-    fresh = succeed(*command, "--weights", files.weights, "--out", "fine1")
-    os.rename("aside", "heldout.mindrecord")
-    assert "has no softmax: that table starts fresh" in fresh
-    full = succeed(*command, "--weights", exported, "--out", "fine2", "--heldout", "heldout.mindrecord")
-    assert "fresh" not in full
-    before = re.search(f"before training: held-out ({PERPLEXITY})", full)[1]
-    assert f"held-out {before}" in trained.out.splitlines()[-1]  # it goes on where that run ended
+# ---------------------------------------------------------------------------------------------------------
+# 10. Embed
+# ---------------------------------------------------------------------------------------------------------
 
 
 LINES = ["the cat sat on the mat .", "", "Stranger", " ".join(f"w{k % 7}" for k in range(300)), "   ", "a b",
@@ -1697,7 +1892,28 @@ def test_an_hdf5_file_holds_the_same_vectors_in_any_order_of_the_sentences(train
             assert file[str(k)].dtype == np.float32
 
 
-def test_more_sentences_than_rows_and_words_than_are_kept_get_the_same_vectors(monkeypatch):
+def test_lines_are_numbered_on_from_block_to_block(tmp_path):
+    embedder, path = elmo.Embedder(randomize(elmo.BiLM(options()))), tmp_path / "text.txt"
+    text = "a b\n\n \nc\u2028d \x0c e\r f\n" + "g h i\n" * 20  # none but \n ends a line
+    path.write_text(text, encoding="utf-8", newline="")
+    shapes = [(name, len(vectors[0])) for name, vectors in elmo.sentence_vectors(embedder, str(path), 10)]
+    assert shapes == [(str(k), n) for k, n in enumerate([2, 0, 0, 4] + 20 * [3])]
+    path.write_bytes(text.encode() + b"\xff\n")
+    with pytest.raises(data.InputError, match="line 25 is not UTF-8"):
+        list(elmo.sentence_vectors(embedder, str(path), 10))
+
+
+def test_sentences_of_one_to_five_thousand_tokens_and_many_at_once_equal_numpy():
+    bilm, rng = randomize(elmo.BiLM(options())), np.random.default_rng(0)
+    long, short = [f"w{n}" for n in rng.integers(0, 90, 5000)], [[f"w{k % 50}"] for k in range(12_100)]
+    vectors, w = elmo.Embedder(bilm)([long, *short]), weights(bilm)
+    close(vectors[0], numpy_layers(long, w, bilm.options)[0])
+    expected = [numpy_layers(words, w, bilm.options)[0] for words in short[:50]]
+    assert len(vectors) == 12_101
+    close(np.array(vectors[1:]), np.array([expected[k % 50] for k in range(12_100)]))
+
+
+def test_an_embedder_of_few_rows_and_small_memory_gives_the_same_vectors(monkeypatch):
     bilm, rng = randomize(elmo.BiLM(options())), np.random.default_rng(0)
     sentences = [[f"w{n}" for n in rng.integers(0, 90, rng.integers(0, 20))] for _ in range(60)]
     monkeypatch.setattr(elmo.Embedder, "ROWS", 4)
@@ -1711,116 +1927,9 @@ def test_more_sentences_than_rows_and_words_than_are_kept_get_the_same_vectors(m
     assert compiled_graphs() == graphs
     assert embedder([]) == []
 
-
 # ---------------------------------------------------------------------------------------------------------
-# Never lose a run: resume, faults, several workers, Ascend
+# More than one device
 # ---------------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
-
-
-def killed(monkeypatch, place, name, times, *command):
-    """Runs a command that is killed when a function is called for the n-th time."""
-    original, calls = getattr(place, name), itertools.count(1)
-
-    def dying(*args, **kwargs):
-        if next(calls) == times:
-            raise Killed
-        return original(*args, **kwargs)
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, dying)
-        with pytest.raises(Killed):
-            run(*command)
-
-
-def same_runs(a, b):
-    """Whether two runs' folders hold the same checkpoints, bit by bit, and the same log but for the speeds."""
-    logs = []
-    for folder in (a, b):
-        with open(folder / "log.csv", newline="") as file:
-            logs.append([row[:3] + row[4:] for row in csv.reader(file)])
-    names = [sorted(path.name for path in folder.iterdir()) for folder in (a, b)]
-    assert names[0] == names[1] and not any(name.endswith(".part") for name in names[0])
-    return logs[0] == logs[1] and all((a / n).read_bytes() == (b / n).read_bytes() for n in names[0] if "npz" in n)
-
-
-def test_a_run_killed_anywhere_and_resumed_ends_bit_by_bit_as_one_that_was_not(trained, monkeypatch, tmp_path):
-    out = tmp_path / "model"
-    command = training(trained.folder, out)
-    killed(monkeypatch, elmo.Run, "advance", 10, *command)  # before the first checkpoint
-    killed(monkeypatch, elmo.Run, "advance", 35, *command, "--resume")  # between two
-    assert sorted(path.name for path in out.glob("step-*")) == ["step-15.npz", "step-30.npz"]
-    (out / "step-45.npz.part").write_text("what a kill leaves behind")
-    killed(monkeypatch, np.lib.format, "write_array", 40, *command, "--resume")  # in the middle of a checkpoint
-    killed(monkeypatch, elmo, "perplexities", 1, *command, "--resume")  # in a test, at the end of an epoch
-    newest = elmo.checkpoints(str(out))[-1]
-    os.truncate(newest, os.path.getsize(newest) // 2)
-    printed = succeed(*command, "--resume")
-    assert f"{newest}: damaged" in printed and "resuming after step" in printed
-    assert same_runs(trained.model, out)
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_stops_the_run_after_a_checkpoint_and_tells_how_to_go_on(trained, monkeypatch, tmp_path, name):
-    advance, out = elmo.Run.advance, tmp_path / "model"
-
-    def signalled(self, *args):
-        advance(self, *args)
-        if self.step == 7:
-            os.kill(os.getpid(), getattr(signal, name))
-    with monkeypatch.context() as patch:
-        patch.setattr(elmo.Run, "advance", signalled)
-        printed = succeed(*training(trained.folder, out))
-    assert "stopped after step 7" in printed and f"--out {out}" in printed and "--resume" in printed
-    assert elmo.checkpoints(str(out)) == [str(out / "step-7.npz")]
-    if name == "SIGTERM":
-        succeed(*training(trained.folder, out), "--resume")
-        assert same_runs(trained.model, out)
-
-
-def test_resuming_a_run_that_is_over_changes_nothing(trained):
-    before = tree(trained.model)
-    assert "all steps are done" in succeed("train", "--device", "CPU", "--data", trained.folder / "train.mindrecord",
-                                           "--out", trained.model, "--resume")
-    assert tree(trained.model) == before
-
-
-@pytest.mark.parametrize("change, message", [
-    (["--lr", 0.5], "learning_rate 0.2, not 0.5"),
-    (["--batch-size", 4], "batch_size 8, not 4"),
-    (["--seed", 1], "run.seed 0, not 1"),
-    (["--amp", "float16"], "run.amp None, not 'float16'"),
-    (["--options", "dim8.json"], "lstm.dim 7, not 8"),
-    (["--data", "heldout.mindrecord"], "run.data"),
-    (["--vocab", "other_vocab", "--data", "other.mindrecord", "--heldout", "other.mindrecord"], "run.vocabulary"),
-])
-def test_another_run_is_not_resumed(trained, monkeypatch, tmp_path, change, message):
-    monkeypatch.chdir(trained.folder)
-    if "other_vocab" in change:
-        words = Path("vocab").read_text(encoding="utf-8").split()
-        Path("other_vocab").write_text("\n".join(words[:3] + words[:2:-1]), encoding="utf-8")
-        succeed("--input", "text.txt", "--output", "other.mindrecord", "--vocab", "other_vocab", program=data)
-    elmo.write_json("dim8.json", elmo.as_json(replace(trained.options, dim=8)))
-    before = tree(trained.model)
-    status, _, errors = run(*training(trained.folder, trained.model), "--resume", *change)
-    assert status == 2 and errors.count("\n") == 1 and message in errors
-    assert tree(trained.model) == before
-
-
-def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoints(trained, monkeypatch, tmp_path):
-    write_array, calls = np.lib.format.write_array, itertools.count()
-
-    def full(*args, **kwargs):
-        if next(calls) > 60:  # in the second checkpoint
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write_array(*args, **kwargs)
-    monkeypatch.setattr(np.lib.format, "write_array", full)
-    status, _, errors = run(*training(trained.folder, tmp_path / "model"))
-    assert status == 2 and errors.count("\n") == 1
-    assert "step-30.npz: could not be written (No space left on device)" in errors
-    assert [path.name for path in (tmp_path / "model").glob("*.npz*")] == ["step-15.npz"]
 
 
 def test_several_workers_share_each_window_and_the_negatives():
@@ -1855,18 +1964,25 @@ def test_two_workers_train_as_one_with_twice_the_rows(trained, tmp_path):
             succeed(*command[1:])
         else:
             msrun = os.path.join(os.path.dirname(sys.executable), "msrun")
+            with socket.create_server(("localhost", 0)) as server:
+                port = server.getsockname()[1]
             subprocess.run(list(map(str, [msrun, "--worker_num=2", "--local_worker_num=2", "--join=True",
-                                          f"--log_dir={tmp_path}", *command])), check=True, capture_output=True)
+                                          f"--master_port={port}", f"--log_dir={tmp_path}", *command])),
+                           check=True, capture_output=True, timeout=300)
         with open(out / "log.csv", newline="") as file:
             losses.append([float(row["loss"]) for row in csv.DictReader(file)])
     assert len(losses[0]) == 20
     close(losses[1], losses[0], 1e-4)
 
+# ---------------------------------------------------------------------------------------------------------
+# Half precision
+# ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("amp, eps", [("float16", 2.0 ** -11), ("bfloat16", 2.0 ** -8)])
 def test_amp_rounds_what_is_multiplied_and_nothing_else(amp, eps):
     x, y = random(5, 64, seed=1), random(64, 7, seed=2)
-    product = elmo.Product(amp)(Tensor(x), Tensor(y)).asnumpy()
+    product = elmo.MatMul(amp)(Tensor(x), Tensor(y)).asnumpy()
     assert product.dtype == np.float32
     error, bound = np.abs(product - x.astype(float) @ y), np.abs(x) @ np.abs(y)
     assert eps / 100 < (error / bound).max() < 3 * eps
@@ -1883,10 +1999,14 @@ def test_training_in_half_precision_follows_training_in_float32(trained, tmp_pat
     assert len(averages[1]) == EPOCHS
     close(np.log(averages[1]), np.log(averages[0]), 0.02)
 
+# ---------------------------------------------------------------------------------------------------------
+# Ascend, as far as it can be known without one
+# ---------------------------------------------------------------------------------------------------------
+
 
 # No "Supported Platforms" in their documentation; each is named in MindSpore's library for Ascend.
-UNDOCUMENTED = {"ClampScalar", "Divs", "InplaceAddExt", "LessScalar", "Muls", "ReluGrad", "SigmoidGrad", "SplitWithSize",
-                "StridedSliceGrad", "SumExt"}
+UNDOCUMENTED = {"ClampScalar", "Divs", "InplaceAddExt", "LessScalar", "Muls", "ReluGrad", "SigmoidGrad",
+                "SplitWithSize", "StridedSliceGrad", "SumExt"}
 # Of the graph itself; they compute nothing.
 STRUCTURE = {"Depend", "Load", "MakeTuple", "StopGradient", "TupleGetItem", "UpdateState"}
 
@@ -1923,80 +2043,11 @@ def test_the_graphs_of_training_testing_and_embedding_are_static_and_made_for_as
     assert len(operators) > 30
     found = {operator: platforms(operator) for operator in operators}
     assert [operator for operator, text in found.items() if text and "Ascend" not in text] == []
-    print("not checked:", *sorted(operator for operator, text in found.items() if not text))
     assert {operator for operator, text in found.items() if not text} <= UNDOCUMENTED
 
-
 # ---------------------------------------------------------------------------------------------------------
-# Bad input
+# 11. Command line: bad input
 # ---------------------------------------------------------------------------------------------------------
-
-
-def published_json(change=lambda content: None):
-    """The content of a usable options file, changed."""
-    content = {"char_cnn": {"filters": [[1, 3], [2, 4], [3, 5]], "embedding": {"dim": 4},
-                            "activation": "relu", "n_highway": 1,
-                            "n_characters": 262, "max_characters_per_token": 50},
-               "lstm": {"dim": 7, "projection_dim": 5, "n_layers": 2, "use_skip_connections": True,
-                        "cell_clip": 3,
-                        "proj_clip": 3}}
-    change(content)
-    return json.dumps(content)
-
-
-def with_value(*path_and_value):
-    *path, key, value = path_and_value
-
-    def change(content):
-        for part in path:
-            content = content[part]
-        content[key] = value
-    return published_json(change)
-
-
-def test_what_published_options_lack_takes_the_papers_values(tmp_path):
-    path = tmp_path / "options.json"
-    path.write_text(published_json())
-    o, paper = elmo.read_options(str(path)), elmo.Options()
-    assert o == replace(paper, filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5)
-    elmo.write_json(str(path), elmo.as_json(o))
-    assert elmo.read_options(str(path)) == o
-
-
-@pytest.mark.parametrize("content, message", [
-    ("{", "not JSON"), ("", "not JSON"), (b"\xff\xfe", "not JSON"), ("[]", "lacks char_cnn"),
-    ("3", "lacks char_cnn"),
-    ('{"char_cnn": 5, "lstm": []}', "lacks char_cnn"), ("[" * 100_000, "not JSON"),
-    (published_json(lambda content: content["lstm"].pop("dim")), "lacks lstm.dim"),
-    (published_json(lambda content: content.pop("char_cnn")), "lacks char_cnn.filters"),
-    (published_json(lambda content: content["char_cnn"].pop("embedding")), "lacks char_cnn.embedding.dim"),
-    (with_value("lstm", "projection_dim", 13), "projection_dim 13"),
-    (with_value("char_cnn", "activation", "gelu"), "activation is 'gelu', but must be relu or tanh"),
-    (with_value("char_cnn", "filters", [[51, 8]]), "width 1 to 50"),
-    (with_value("char_cnn", "filters", [[0, 8]]), "width 1 to 50"),
-    (with_value("char_cnn", "filters", [[1, -8]]), "filters must be"),
-    (with_value("char_cnn", "filters", [[1]]), "filters must be"),
-    (with_value("char_cnn", "filters", []), "filters"),
-    (with_value("char_cnn", "filters", "all"), "filters must be"),
-    (with_value("char_cnn", "n_characters", 100), "n_characters"),
-    (with_value("char_cnn", "max_characters_per_token", 40), "must be 50"),
-    (with_value("char_cnn", "n_highway", -1), "n_highway is -1"),
-    (with_value("lstm", "dim", -7), "dim is -7"), (with_value("lstm", "dim", "7"), "dim is '7'"),
-    (with_value("lstm", "dim", 7.5), "dim is 7.5"), (with_value("lstm", "n_layers", 0), "n_layers is 0"),
-    (with_value("lstm", "dim", True), "dim is True"),
-    (with_value("lstm", "cell_clip", math.nan), "cell_clip is nan"),
-    (with_value("lstm", "use_skip_connections", 1), "use_skip_connections is 1"),
-    (with_value("dropout", 1.0), "dropout is 1.0"), (with_value("batch_size", 0), "batch_size is 0"),
-    (with_value("unroll_steps", -20), "unroll_steps is -20"),
-    (with_value("learning_rate", -0.2), "learning_rate is -0.2"),
-], ids=lambda value: value if isinstance(value, str) and len(value) < 60 and "{" not in value else "")
-def test_options_that_cannot_be_used_are_refused_in_one_line(tmp_path, content, message):
-    path = tmp_path / "options.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(data.InputError) as error:
-        elmo.read_options(str(path))
-    line = str(error.value)
-    assert line.startswith(f"{path}: ") and message in line and "\n" not in line
 
 
 @pytest.fixture(scope="module")
@@ -2093,7 +2144,8 @@ EMBED = "embed --device CPU --out ../model --input fine.txt --output new.npz"
     (TRAIN.replace("../vocab", "."), ".: "),
     (TRAIN + " --amp float8", "--amp"),
     (TRAIN + " --resume", "new: no run to resume"),
-    (TRAIN + " --seed 1e3", "--seed"), (TRAIN + " --lr inf", "--lr"), (TRAIN + " --epochs 99999999999999999999", "--epochs"),
+    (TRAIN + " --seed 1e3", "--seed"), (TRAIN + " --lr inf", "--lr"),
+    (TRAIN + " --epochs 99999999999999999999", "--epochs"),
     (TRAIN + " --batch-size 99999999999999999999", "--batch-size"),
     (TRAIN + " --weights binary", "binary: not a readable HDF5 file"),
     (TRAIN + " --weights .", ".: "),
@@ -2106,7 +2158,7 @@ EMBED = "embed --device CPU --out ../model --input fine.txt --output new.npz"
     ("test --device CPU --out run_lacking --data ../heldout.mindrecord", "best.npz: damaged"),
     ("test --device CPU --out run_shapes --data ../heldout.mindrecord", "best.npz: damaged"),
     ("test --device CPU --out run_vocab --data ../heldout.mindrecord", "vocab: lines 1 to 3 must be"),
-    (EMBED.replace("fine.txt", "binary"), "binary: not UTF-8"),
+    (EMBED.replace("fine.txt", "binary"), "binary: line 2 is not UTF-8"),
     (EMBED.replace("--out ../model", "--options huge.json --weights ../elmo_weights.hdf5"), "these options ask for"),
     (EMBED.replace("new.npz", "/proc/none/new.npz"), "/proc/none"),
     ("test --device CPU --out gone --data ../heldout.mindrecord", "gone: no such folder"),
@@ -2120,7 +2172,7 @@ EMBED = "embed --device CPU --out ../model --input fine.txt --output new.npz"
      "--data ../heldout.mindrecord", "softmax/W is float32"),
     (EMBED.replace("fine.txt", "gone.txt"), "gone.txt: "),
     (EMBED.replace("fine.txt", "empty.txt"), "empty.txt: is empty"),
-    (EMBED.replace("fine.txt", "latin1.txt"), "latin1.txt: not UTF-8"),
+    (EMBED.replace("fine.txt", "latin1.txt"), "latin1.txt: line 2 is not UTF-8"),
     (EMBED.replace("fine.txt", "."), ".: "),
     (EMBED.replace("new.npz", "exists.npz"), "exists.npz: exists"),
     (EMBED.replace("new.npz", "new.txt"), ".npz"),
@@ -2132,7 +2184,7 @@ EMBED = "embed --device CPU --out ../model --input fine.txt --output new.npz"
     ("export --device CPU --out gone --weights new.hdf5", "gone: no such folder"),
     ("export --device CPU --out ../model --weights gone/new.hdf5", "gone/new.hdf5"),
 ])
-def test_bad_input_is_one_line_and_leaves_nothing_behind(trained, files, bad, monkeypatch, command, message):
+def test_bad_input_of_elmo_py_is_one_line_and_leaves_nothing_behind(trained, files, bad, monkeypatch, command, message):
     monkeypatch.chdir(bad)
     before = tree(trained.folder)
     try:
@@ -2152,16 +2204,10 @@ def test_a_machine_without_ascend_is_told_of_the_cpu(monkeypatch):
     status, _, errors = run("train")
     assert status == 2 and errors.count("\n") == 1 and "Ascend" in errors and "--device CPU" in errors
 
-
-def test_a_missing_h5py_is_told_with_its_remedy(files, monkeypatch):
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(data.InputError, match="pip install h5py"):
-        elmo.BiLM(options(), files.weights)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # README
 # ---------------------------------------------------------------------------------------------------------
+
 
 def test_the_programs_of_the_readme_run_as_written(tmp_path):
     options = elmo.Options(filters=((1, 4), (2, 4)), char_dim=4, n_highway=1, dim=8, projection=4)
