@@ -656,6 +656,18 @@ def with_value(*path_and_value):
     return published_json(change)
 
 
+def test_the_default_is_the_papers_model_and_the_named_sizes_are_the_published_ones():
+    o = elmo.Options()
+    assert (o.n_layers, o.dim, o.projection, o.n_highway, o.use_skip_connections) == (2, 4096, 512, 2, True)
+    assert sum(number for _, number in o.filters) == 2048 and [width for width, _ in o.filters] == [1, 2, 3, 4, 5, 6, 7]
+    assert (o.char_dim, o.activation, o.cell_clip, o.proj_clip, o.dropout) == (16, "relu", 3, 3, 0.1)
+    assert (o.batch_size, o.unroll_steps, o.n_negative_samples_batch, o.sample_softmax) == (128, 20, 8192, True)
+    assert (o.learning_rate, o.all_clip_norm_val, o.n_epochs) == (0.2, 10, 10)
+    assert elmo.SIZES["original"] == o
+    assert elmo.SIZES["medium"] == replace(o, dim=2048, projection=256, n_highway=1)
+    assert elmo.SIZES["small"] == replace(o, dim=1024, projection=128, n_highway=1)
+
+
 def test_what_published_options_lack_takes_the_papers_values(tmp_path):
     path = tmp_path / "options.json"
     path.write_text(published_json())
@@ -845,6 +857,23 @@ def test_a_sentence_gets_the_same_vectors_whatever_was_read_before_or_stands_bes
         assert (again[k] == together[k]).all()  # no hidden state between calls
         close(reversed_order[k], together[k], 1e-6)
         close(vectors([words])[0], together[k], 1e-6)  # neither neighbours nor padding
+
+
+def test_the_gradient_of_a_ragged_batch_is_that_of_each_sentence_alone():
+    o, sentences = tiny_options(n_layers=2), [["a", "cat", "a"], ["b"], []]
+    bilm, dy = randomize(elmo.BiLM(o)), random(3, 3, 3, 4)  # [layers, batch, tokens, 2 · projection]
+    letters = {n - 1 for word in ("a", "cat", "b", "<S>", "</S>") for n in char_ids(word)}
+
+    def numpy_loss(w):
+        return sum((numpy_layers(words, w, o)[0] * dy[:, k, :len(words)]).sum() for k, words in enumerate(sentences))
+    expected = complex_step_gradient(numpy_loss, weights(bilm), letters)
+    parameters, ids, dy = ms.ParameterTuple(bilm.trainable_params()), batch_to_ids(sentences), Tensor(dy)
+
+    def loss(ids):
+        return (ops.stack(bilm(ids)[0]) * dy).sum()
+    for p, gradient in zip(parameters, ms.grad(loss, None, parameters)(ids)):
+        close(gradient, expected[p.name.rpartition(".")[2]])
+    assert all(np.abs(gradient).max() > 1e-3 for gradient in expected.values())
 
 
 def test_a_batch_of_empty_sentences_gives_vectors_of_no_words():
@@ -1220,6 +1249,8 @@ def test_an_export_holds_the_published_names_and_shapes_and_the_best_weights(tra
     # i, j, f, o
     forget = [array.reshape(4, o.dim)[2] for name, array in found.items() if name.endswith("/B")]
     assert all(np.abs(array).max() < 0.5 for array in forget)  # it began at 0; 1 is added when run
+    succeed("export", "--device", "CPU", "--out", trained.model, "--options", trained.model / "options.json",
+            "--weights", exported, "--overwrite")  # from the run, whatever else is said
     with open(trained.folder / "elmo_options.json", encoding="utf-8") as file:
         content = json.load(file)
     assert content["char_cnn"]["n_characters"] in (261, 262) and content["lstm"]["projection_dim"] == 5
@@ -1520,7 +1551,7 @@ def numpy_training_loss(w, text, target, state, o, negatives=None, keep=None):
     return loss, np.array(states)
 
 
-def trajectory(o, steps, vocabulary):
+def trajectory(o, steps, vocabulary, loss_scale):
     """Trains a model with MindSpore and with numpy, there by dense Adagrad with gradients by complex steps.
 
     Yields, after each step: loss, norm of the gradient, weights, accumulators, LSTM state; the `Run`."""
@@ -1532,7 +1563,7 @@ def trajectory(o, steps, vocabulary):
     squares, state = {name: np.ones(array.shape) for name, array in w.items()}, np.zeros(run.lstm_state.shape)
     letters = {n - 1 for word in itertools.chain(["<S>", "</S>"], *sentences) for n in char_ids(word)}
     slots = Slots.measure(Rows(corpus, o, 0), o)
-    step = elmo.make_step(run.bilm, run.accumulators, slots)
+    step = elmo.make_step(run.bilm, run.accumulators, slots, loss_scale=loss_scale)
     batches = data.training_batches(corpus, slots, len(vocabulary), o, seed=0)
     both = zip(batches, Rows(corpus, o, seed=0))
     for (rows, batch, _), (words, place, target, _) in itertools.islice(both, steps):
@@ -1570,9 +1601,9 @@ def compiled_graphs():
     return len(api.ms_compile_cache)
 
 
-def check_trajectory(o, steps, vocabulary):
+def check_trajectory(o, steps, vocabulary, loss_scale=1.0):
     clipped, graphs, states = [], [], []
-    for loss, norm, w, squares, state, run in trajectory(o, steps, vocabulary):
+    for loss, norm, w, squares, state, run in trajectory(o, steps, vocabulary, loss_scale):
         close(run.losses[-1], loss)
         close(run.lstm_state, state)
         actual = weights(run.bilm, run.softmax)
@@ -1599,8 +1630,8 @@ def test_ten_steps_with_the_full_softmax_equal_numpy_in_every_weight():
 def test_steps_with_negatives_and_dropout_equal_numpy_in_every_weight():
     # not all are touched in a step
     vocabulary = [*SPECIAL, "the", "cat", "sat", "dog", *(f"r{k}" for k in range(17))]
-    check_trajectory(tiny_options(n_negative_samples_batch=3, dropout=0.3, all_clip_norm_val=1.7), 4,
-                     vocabulary)
+    check_trajectory(tiny_options(n_negative_samples_batch=3, dropout=0.3, all_clip_norm_val=1.7), 4, vocabulary,
+                     loss_scale=1024.0)  # which the gradient is divided by again
 
 
 def test_only_the_rows_that_a_batch_touches_change():
@@ -2195,6 +2226,16 @@ def test_bad_input_of_elmo_py_is_one_line_and_leaves_nothing_behind(trained, fil
     assert status == 2
     assert errors.startswith("elmo.py: error: ") and errors.count("\n") == 1 and message in errors
     assert after == before
+
+
+def test_the_names_that_other_programs_rely_on_are_accepted():
+    args = elmo.parse_arguments("--device_target CPU --data_url D --heldout H --vocab_path V --options_path O --train_url T"
+                                " --epoch_num 3 --steps 4 --lr 0.5 --batch-size 6 --seed 7 --log-every 8 --save-every 9"
+                                " --weights W".split())
+    assert (args.command, args.device, args.data, args.heldout, args.vocab) == ("train", "CPU", "D", "H", "V")
+    assert (args.options, args.out, args.n_epochs, args.steps, args.learning_rate) == ("O", "T", 3, 4, 0.5)
+    assert (args.batch_size, args.seed, args.log_every, args.save_every, args.weights) == (6, 7, 8, 9, "W")
+    assert elmo.parse_arguments([]).device == "Ascend"
 
 
 def test_a_machine_without_ascend_is_told_of_the_cpu(monkeypatch):
