@@ -1154,7 +1154,7 @@ class Embedder:
         waiting = sorted((k for k, words in enumerate(sentences) if words), key=lambda k: len(ids[k]))
         rows, state = [None] * self.ROWS, zero_state(self.options, self.ROWS)  # a row: sentence and position
         while waiting or any(rows):
-            rows = [row or waiting and (waiting.pop(), 0) for row in rows]  # the longest first
+            rows = [row or ((waiting.pop(), 0) if waiting else None) for row in rows]  # the longest first
             reading = [(r, *row) for r, row in enumerate(rows) if row]
             place, fresh = np.zeros((2, self.TIME, self.ROWS), np.int64), np.zeros(self.ROWS, np.float32)
             for r, k, start in reading:

@@ -5,6 +5,7 @@ First the text (data.py), then the model, part by part as in the paper, against 
 import contextlib
 import csv
 import errno
+import functools
 import gzip
 import inspect
 import io
@@ -2250,17 +2251,44 @@ def test_a_machine_without_ascend_is_told_of_the_cpu(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_programs_of_the_readme_run_as_written(tmp_path):
-    options = elmo.Options(filters=((1, 4), (2, 4)), char_dim=4, n_highway=1, dim=8, projection=4)
-    elmo.write_json(str(tmp_path / "options.json"), elmo.as_json(options))
-    weights = elmo.BiLM(options).get_parameters()
-    elmo.write_hdf5(str(tmp_path / "weights.hdf5"), ((elmo.published_name(p), p.asnumpy()) for p in weights))
-    here = os.path.dirname(os.path.abspath(__file__))
-    with open(os.path.join(here, "README.md"), encoding="utf-8") as file:
-        programs = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
-    assert programs and all(len(program.splitlines()) <= 25 for program in programs)
+@pytest.fixture(scope="module")
+def readme():
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+def test_the_programs_of_the_readme_run_as_written(readme, files, tmp_path):
+    for name in (files.options, files.weights):
+        shutil.copy(name, tmp_path)
+    rng = np.random.default_rng(0)
+    (tmp_path / "brown").mkdir()
+    for name, sentences in (("train_12k", 20), ("heldout", 2400)):  # in place of Brown and its vectors
+        text = rng.choice(["play/nn", "play/vb-hl", "the/at", "1\\/2/cd", "new/jj"], (sentences, 40))
+        (tmp_path / "brown" / f"{name}.tagged").write_text("\n".join(map(" ".join, text)))
+        (tmp_path / f"{name}.txt").write_text("\n".join(" ".join(t.rpartition("/")[0] for t in line) for line in text))
+        elmo.write_npz(str(tmp_path / f"{name}.npz"),
+                       ((str(k), rng.normal(size=(3, 40, 6))) for k in range(sentences)))
+    programs = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(programs) == 4 and all(len(program.splitlines()) <= 30 for program in programs)
+    assert len(next(program for program in programs if "Classifier" in program).splitlines()) <= 25
     for program in programs:
         (tmp_path / "program.py").write_text(program, encoding="utf-8")
-        result = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": here},
-                                capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        result = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True,
+                                env={**os.environ, "PYTHONPATH": os.path.dirname(elmo.__file__)})
+        assert result.returncode == 0 and result.stdout, result.stderr
+
+
+def test_the_commands_of_the_readme_are_understood(readme):
+    commands = re.findall(r"^ *python (data|elmo)\.py (.*?)(?: +#.*)?$", "\n".join(
+        re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)), re.MULTILINE)
+    assert len(commands) > 8
+    for program, arguments in commands:
+        {"data": data, "elmo": elmo}[program].parse_arguments(arguments.replace("'", "").split())
+
+
+def test_the_table_of_the_readme_says_where_the_paper_is(readme):
+    rows = re.findall(r"^\| .* \| `([\w.]+)` \| (\d+) \|$", readme, re.MULTILINE)
+    assert len(rows) > 8
+    for name, lines in rows:
+        part = functools.reduce(getattr, name.split("."), elmo)
+        assert (name, len(inspect.getsource(part).splitlines())) == (name, int(lines))
