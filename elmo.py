@@ -159,7 +159,7 @@ class CharEncoder(nn.Cell):
         """
         kernel = self.kernel()
         x = ops.concat([self.max_over_time(self.windows(chars), kernel) for chars in groups])
-        x = x + ops.concat(list(self.b_cnn))  # after the maximum, which neither this nor the activation changes
+        x = x + ops.concat(list(self.b_cnn))  # monotonic as the activation is, so that the maximum may come first
         x = ops.relu(x) if self.relu else tanh(x)  # [words, filters]
         # Highway layers (Srivastava et al., 2015). g lets the transformed x pass, whatever the name of its weights in
         # the published files; its bias begins at -2, so that x at first is carried through.
@@ -230,6 +230,7 @@ def new_parameter(name, array):
 
 def new_parameters(names, arrays):
     return ms.ParameterTuple([new_parameter(names.format(k), array) for k, array in enumerate(arrays)])
+
 
 # ---------------------------------------------------------------------------------------------------------
 # 3. LSTM with projection
@@ -397,6 +398,7 @@ def last(steps, lengths):
 
 def drop(x, keep, rate):
     return x * (keep.astype(x.dtype) * (1 / (1 - rate)))
+
 
 # ---------------------------------------------------------------------------------------------------------
 # 5. Softmax, full and sampled
