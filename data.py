@@ -335,7 +335,7 @@ class Writer:
             self.flush()
         if not self.sentences:
             raise InputError(f"{os.path.basename(self.path)}: no sentence for it; give more text")
-        if shutil.disk_usage(os.path.dirname(self.path)).free < (64 << 20) + 64 * self.sentences:
+        if shutil.disk_usage(os.path.dirname(self.path) or ".").free < (64 << 20) + 64 * self.sentences:
             raise RuntimeError("no room for the index")  # over which MindSpore would crash
         self.file.commit()
         totals = json.dumps([self.sentences, self.tokens, self.checksum, len(self.vocabulary),

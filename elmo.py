@@ -55,7 +55,7 @@ def option(place, default, *valid):
 class Options:
     """The hyperparameters; the defaults are the paper's ("original")."""
     # "The context insensitive type representation uses 2048 character n-gram convolutional filters followed by two
-    # highway layers and a linear projection down to a 512 representation." (section 3.4)
+    # highway layers ... and a linear projection down to a 512 representation." (section 3.4)
     filters: tuple = option("char_cnn.filters", (  # [width in characters, number of filters]
         (1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024)))
     char_dim: int = option("char_cnn.embedding.dim", 16, 1, 1024)
@@ -479,7 +479,7 @@ class SampledSoftmaxLoss(nn.Cell):
 class ScalarMix(nn.Cell):
     """Equation 1: ELMo_k = γ Σ_j s_j h_{k,j}, s = softmax(w).
 
-    w and γ are trained with the task. "... to regularize the ELMo weights by adding λ‖w‖² to the loss" (section 3.3)
+    w and γ are trained with the task. "... to regularize the ELMo weights by adding λ‖w‖²₂ to the loss" (section 3.3)
     is one line of the task: `loss + lam * (mix.scalar_parameters ** 2).sum()`; section 5.1 compares λ = 1, nearly an
     average of the layers, with 0.001.
     """
@@ -499,7 +499,7 @@ class ScalarMix(nn.Cell):
 
 
 def layer_norm(h):
-    """"In some cases it also helped to apply layer normalization ... to each biLM layer before weighting" (section
+    """"... in some cases it also helped to apply layer normalization ... to each biLM layer before weighting" (section
     3.2): each token by itself, where AllenNLP takes one mean and variance of all tokens of the batch."""
     centered = h - h.mean(-1, keep_dims=True)
     return centered / ops.sqrt(ops.square(centered).mean(-1, keep_dims=True) + 1e-12)
@@ -961,14 +961,18 @@ def train_steps(args, run, corpus, heldout, seed, signals):
 
 def training_inputs(args, workers):
     """Reads and checks what training needs -> options, what else the run consists of, corpus, held-out corpus (or None;
-    worker 0 tests). With --resume, what the command line leaves open is as it was."""
+    worker 0 tests). With --resume, the options, seed, type of products and vocabulary that the command line leaves open
+    are as they were."""
     begun = {}
     if args.resume:
         path = os.path.join(args.out, "options.json")
         if not os.path.isfile(path):
             raise InputError(f"{args.out}: no run to resume; leave out --resume to begin one")
         begun = read_json(path)
+        if look_up(begun, "run.seed") not in range(1 << 40) or look_up(begun, "run.amp") not in [*LOSS_SCALE]:
+            raise InputError(f"{path}: damaged; train into another --out")
         args.options = args.options or (None if args.size else path)
+        args.amp = args.amp or look_up(begun, "run.amp")
     options = read_options(args.options) if args.options else SIZES[args.size or "original"]
     given = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "n_epochs")}
     options = replace(options, **{name: value for name, value in given.items() if value is not None})
@@ -1125,7 +1129,7 @@ class Embedder:
     """The biLM's layers for any sentences: the same sentence always gets the same vectors.
 
     Sentences are read side by side, one a row, a window at a time; where one has ended, the next window begins the
-    next. Every shape is fixed, so that nothing is compiled twice, and each distinct word is encoded once.
+    next. The shapes are fixed, so that little is compiled, and each distinct word is encoded once.
     """
     ROWS, TIME = 256, 4  # of a window: short, since sentences leave the rest of their last one empty
     WORDS = 1 << 17      # so many word representations are kept for the next call
@@ -1187,7 +1191,7 @@ class Embedder:
         vectors = [self.vectors]
         for k in range(0, len(new), self.CHUNK):
             some = new[k:k + self.CHUNK]
-            place = np.arange(self.CHUNK) % len(some)  # of as many words as ever: another shape would be compiled
+            place = np.arange(self.CHUNK) % len(some)  # always as many: another number would be compiled anew
             vectors.append(self.encode(*map(Tensor, self.slots.fill(some, place))).asnumpy()[:len(some)])
         self.vectors = np.concatenate(vectors)
         return ids

@@ -2029,6 +2029,7 @@ def test_training_in_half_precision_follows_training_in_float32(trained, tmp_pat
     printed = succeed(*training(trained.folder, tmp_path / "model"), "--amp", amp)
     averages = [[float(match[3]) for match in re.finditer(PERPLEXITY, text)] for text in (trained.out, printed)]
     assert len(averages[1]) == EPOCHS
+    assert "all steps are done" in succeed(*training(trained.folder, tmp_path / "model"), "--resume")  # amp as it was
     close(np.log(averages[1]), np.log(averages[0]), 0.02)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2129,6 +2130,11 @@ def bad(trained, files, exported):
         shutil.copytree(folder / "run", folder / f"run_{name}")
         np.savez(folder / f"run_{name}" / "best.npz", **content)
     (folder / "binary").write_bytes(bytes(range(256)) * 4096)
+    for name, change in (("seed", -1), ("amp", "float8")):
+        shutil.copytree(folder / "run", folder / f"run_{name}")
+        content = json.loads((folder / "run" / "options.json").read_text())
+        content["run"][name] = change
+        (folder / f"run_{name}" / "options.json").write_text(json.dumps(content))
     shutil.copytree(folder / "run", folder / "run_vocab")
     (folder / "run_vocab" / "vocab").write_bytes(b"")
     (folder / "huge.json").write_text(with_value("lstm", "dim", 65536))
@@ -2186,6 +2192,8 @@ EMBED = "embed --device CPU --out ../model --input fine.txt --output new.npz"
     (TRAIN + " --weights group.hdf5", "has no dataset char_embed"),
     (TRAIN.replace("--out new", "--out /proc/none/new"), "/proc/none"),
     (TRAIN.replace("--out new", "--out run") + " --resume", "run: all of its checkpoints are damaged"),
+    (TRAIN.replace("--out new", "--out run_seed") + " --resume", "options.json: damaged"),
+    (TRAIN.replace("--out new", "--out run_amp") + " --resume", "options.json: damaged"),
     ("test --device CPU --out run_pickle --data ../heldout.mindrecord", "best.npz: damaged"),
     ("test --device CPU --out run_lacking --data ../heldout.mindrecord", "best.npz: damaged"),
     ("test --device CPU --out run_shapes --data ../heldout.mindrecord", "best.npz: damaged"),
