@@ -101,8 +101,8 @@ class MaxOverTime(nn.Cell):
 
     x [positions, words, window], kernel [window, filters] -> m [words, filters].
     The scores of all positions at once would be by far the largest tensor of the model; position by position, each
-    is small enough for the processor's cache. The backward pass computes them again, rather than keep them, and knows
-    the position that won by its equality with the maximum: the same product has the same bits.
+    is small enough for the processor's cache. The backward pass asks for them again (the compiler decides whether they
+    were kept) and knows the position that won by its equality with the maximum: the same product has the same bits.
     """
 
     def __init__(self, amp=None):
@@ -200,22 +200,20 @@ def tanh(x):
 class MatMul(nn.Cell):
     """x · y, either of them transposed on request; float32 in, float32 out.
 
-    With `amp`, "float16" or "bfloat16", x and y are rounded to that type and multiplied in it. The CPU cannot
-    multiply bfloat16: there the rounded numbers are multiplied as float32. A primitive and not ops.matmul, whose
+    With `amp`, "float16" or "bfloat16", x and y are rounded to that type and multiplied in it. On the CPU, where that
+    is slow or cannot be done, the rounded numbers are multiplied as float32. A primitive and not ops.matmul, whose
     gradient would write out transposed copies.
     """
 
     def __init__(self, amp=None, transpose_x=False, transpose_y=False):
         super().__init__()
         self.matmul, self.amp = ops.MatMul(transpose_x, transpose_y), amp and getattr(ms, amp)
-        self.emulated = amp == "bfloat16" and ms.get_context("device_target") == "CPU"
+        self.multiplied_as = ms.float32 if ms.get_context("device_target") == "CPU" else self.amp
 
     def construct(self, x, y):
         if self.amp is None:
             return self.matmul(x, y)
-        x, y = x.astype(self.amp), y.astype(self.amp)
-        if self.emulated:
-            x, y = x.astype(ms.float32), y.astype(ms.float32)
+        x, y = x.astype(self.amp).astype(self.multiplied_as), y.astype(self.amp).astype(self.multiplied_as)
         return self.matmul(x, y).astype(ms.float32)
 
 
@@ -257,26 +255,24 @@ class ProjectedLSTM(nn.Cell):
         self.matmul, self.matmul_nt, self.matmul_tn = matmuls(amp)
 
     def construct(self, x, h, c, kernel, bias, projection):
-        time, batch, size = x.shape
-        W_x, W_h = kernel[:size], kernel[size:]
-        from_input = ops.unstack(self.bias_add(self.matmul(x.reshape(-1, size), W_x), bias).reshape(time, batch, -1))
-        hs, cs, gates = (), (), ()
-        for z in from_input:
-            i, j, f, o = ops.split(z + self.matmul(h, W_h), c.shape[1], 1)  # [batch, dim] each
+        inputs, hs, cs, gates = (), (), (), ()
+        for x_t in ops.unstack(x):
+            x_h = ops.concat((x_t, h), 1)  # [batch, input + projection]
+            z = self.bias_add(self.matmul(x_h, kernel), bias)
+            i, j, f, o = ops.split(z, c.shape[1], 1)  # [batch, dim] each
             i, j, f, o = ops.sigmoid(i), tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
             c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
             u = tanh(c)
             m = o * u
             h = ops.clamp(self.matmul(m, projection), -self.proj_clip, self.proj_clip)
-            hs, cs, gates = hs + (h,), cs + (c,), gates + ((i, j, f, o, u, m),)
-        return ops.stack(hs), hs, cs, gates
+            inputs, hs, cs, gates = inputs + (x_h,), hs + (h,), cs + (c,), gates + ((i, j, f, o, u, m),)
+        return ops.stack(hs), hs, cs, (inputs, gates)
 
     def bprop(self, x, h, c, kernel, bias, projection, out, dout):
         time, batch, size = x.shape
-        W_x, W_h = kernel[:size], kernel[size:]
-        _, hs, cs, gates = out
+        _, hs, cs, (inputs, gates) = out
         dhs, dh, dc = ops.unstack(dout[0]), ops.zeros_like(h), ops.zeros_like(c)
-        dzs, dps = (), ()
+        dxs, dzs, dps = (), (), ()
         for t in range(time - 1, -1, -1):
             i, j, f, o, u, m = gates[t]
             before = cs[t - 1] if t else c
@@ -286,15 +282,16 @@ class ProjectedLSTM(nn.Cell):
             dc = dc + dm * o * (1 - u * u)  # m = o · u, u = tanh(c)
             dc = ops.select(ops.abs(cs[t]) < self.cell_clip, dc, ops.zeros_like(dc))  # through the clip of c
             # of the four gates before their sigmoids and the candidate before its tanh
-            dz = ops.concat((dc * j * i * (1 - i), dc * i * (1 - j * j), dc * before * f * (1 - f),
-                             dm * u * o * (1 - o)), 1)  # [batch, 4 dim]
-            dc, dh = dc * f, self.matmul_nt(dz, W_h)
-            dzs, dps = (dz,) + dzs, (dp,) + dps
+            dz = ops.concat((dc * i * j * (1 - i), dc * i * (1 - j * j), dc * f * before * (1 - f),
+                             dm * o * u * (1 - o)), 1)  # [batch, 4 dim]
+            dx_h = self.matmul_nt(dz, kernel)  # [batch, input + projection]
+            dc, dh = dc * f, dx_h[:, size:]
+            dxs, dzs, dps = (dx_h[:, :size],) + dxs, (dz,) + dzs, (dp,) + dps
         dz = ops.concat(dzs)  # [time · batch, 4 dim]
-        x_and_h = ops.concat((x.reshape(-1, size), ops.concat((h,) + hs[:-1])), 1)
+        dbias = self.matmul(ops.ones((1, time * batch), dz.dtype), dz)[0]  # as a product, twice as fast as dz.sum(0)
         m = ops.concat([gate[-1] for gate in gates])
-        return (self.matmul_nt(dz, W_x).reshape(x.shape), ops.zeros_like(h), ops.zeros_like(c),
-                self.matmul_tn(x_and_h, dz), dz.sum(0), self.matmul_tn(m, ops.concat(dps)))
+        return (ops.stack(dxs), ops.zeros_like(h), ops.zeros_like(c),
+                self.matmul_tn(ops.concat(inputs), dz), dbias, self.matmul_tn(m, ops.concat(dps)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -414,22 +411,23 @@ class LogSumExp(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.softmax, self.log_softmax = ops.Softmax(), ops.LogSoftmax()
+        self.softmax = ops.Softmax()
         self.matmul, self.matmul_nt, self.matmul_tn = matmuls()
 
     def construct(self, y, W, b):
-        x = self.logits(y, W, b)
-        return x[:, 0] - self.log_softmax(x)[:, 0]  # log p_0 = x_0 - log Σ_k exp x_k
+        x = self.matmul_nt(*self.with_bias(y, W, b))
+        return x.max(axis=1) - ops.log(self.softmax(x).max(axis=1))  # x_k - log p_k, of any class k
 
     def bprop(self, y, W, b, out, dout):
-        p = self.softmax(self.logits(y, W, b))
-        g = dout.reshape(-1, 1)
-        return g * self.matmul(p, W), self.matmul_tn(p, g * y), self.matmul_tn(p, g)[:, 0]
+        y, W = self.with_bias(y, W, b)
+        p, dout = self.softmax(self.matmul_nt(y, W)), dout.reshape(-1, 1)
+        dW = self.matmul_tn(p, dout * y)
+        return dout * self.matmul(p, W)[:, :-1], dW[:, :-1], dW[:, -1]
 
-    def logits(self, y, W, b):
-        """The bias is one more column of W."""
+    def with_bias(self, y, W, b):
+        """The bias as one more column of W."""
         one = ops.ones((y.shape[0], 1), y.dtype)
-        return self.matmul_nt(ops.concat((y, one), 1), ops.concat((W, b.reshape(-1, 1)), 1))
+        return ops.concat((y, one), 1), ops.concat((W, b.reshape(-1, 1)), 1)
 
 
 class Softmax(nn.Cell):
@@ -751,7 +749,7 @@ class Workers:
 
     def any(self, condition):
         """Whether it holds for any worker."""
-        return bool(self.gather(Tensor([float(bool(condition))])).asnumpy().any())
+        return bool(self.gather(Tensor([float(bool(condition))])).asnumpy().any() if self.size > 1 else condition)
 
 
 class Run:

@@ -1995,12 +1995,13 @@ def test_two_workers_train_as_one_with_twice_the_rows(trained, tmp_path):
         if workers == 1:
             succeed(*command[1:])
         else:
-            msrun = os.path.join(os.path.dirname(sys.executable), "msrun")
+            programs = os.path.dirname(sys.executable)
+            environment = {**os.environ, "PATH": programs + os.pathsep + os.environ["PATH"]}  # msrun's `python` is ours
             with socket.create_server(("localhost", 0)) as server:
                 port = server.getsockname()[1]
-            subprocess.run(list(map(str, [msrun, "--worker_num=2", "--local_worker_num=2", "--join=True",
+            subprocess.run(list(map(str, [f"{programs}/msrun", "--worker_num=2", "--local_worker_num=2", "--join=True",
                                           f"--master_port={port}", f"--log_dir={tmp_path}", *command])),
-                           check=True, capture_output=True, timeout=300)
+                           check=True, capture_output=True, timeout=300, env=environment)
         with open(out / "log.csv", newline="") as file:
             losses.append([float(row["loss"]) for row in csv.DictReader(file)])
     assert len(losses[0]) == 20
@@ -2238,9 +2239,9 @@ def test_bad_input_of_elmo_py_is_one_line_and_leaves_nothing_behind(trained, fil
 
 
 def test_the_names_that_other_programs_rely_on_are_accepted():
-    args = elmo.parse_arguments("--device_target CPU --data_url D --heldout H --vocab_path V --options_path O --train_url T"
-                                " --epoch_num 3 --steps 4 --lr 0.5 --batch-size 6 --seed 7 --log-every 8 --save-every 9"
-                                " --weights W".split())
+    args = elmo.parse_arguments("--device_target CPU --data_url D --heldout H --vocab_path V --options_path O"
+                                " --train_url T --epoch_num 3 --steps 4 --lr 0.5 --batch-size 6 --seed 7 --log-every 8"
+                                " --save-every 9 --weights W".split())
     assert (args.command, args.device, args.data, args.heldout, args.vocab) == ("train", "CPU", "D", "H", "V")
     assert (args.options, args.out, args.n_epochs, args.steps, args.learning_rate) == ("O", "T", 3, 4, 0.5)
     assert (args.batch_size, args.seed, args.log_every, args.save_every, args.weights) == (6, 7, 8, 9, "W")
