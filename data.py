@@ -479,7 +479,8 @@ class Slots(NamedTuple):
     """Room for the distinct words of a batch: tiers of (number of words, their greatest length in character ids).
 
     The shapes of a batch must not change from step to step, but most words are short, and the character CNN need not
-    look at all their padding. The last tier is of full length; a batch that does not fit gets more room there.
+    look at all their padding. The last tier is of full length; a batch that does not fit gets 256 more there, or
+    as often 256 as it needs.
     """
     tiers: tuple
 
@@ -508,8 +509,8 @@ class Slots(NamedTuple):
         chars, lengths = characters(words)
         order = np.argsort(lengths, kind="stable")
         room = np.repeat([length for _, length in self.tiers], [number for number, _ in self.tiers])
-        if len(words) > len(room) or (lengths[order] > room[len(room) - len(words):]).any():
-            room = np.append(room, np.full(place.size, MAX_CHARS))
+        while len(words) > len(room) or (lengths[order] > room[len(room) - len(words):]).any():
+            room = np.append(room, np.full(256, MAX_CHARS))  # in few sizes, since each is compiled anew
         slot = np.empty(len(words), np.int32)
         slot[order] = np.arange(len(room) - len(words), len(room))  # the longest words at the end
         filled = np.zeros((len(room), MAX_CHARS), np.int32)
