@@ -84,7 +84,7 @@ class Vocabulary:
         with open(path, "rb") as file:
             content = file.read()
         try:
-            self.words = content.decode("utf-8").replace("\r\n", "\n").split("\n")
+            self.words = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it to UTF-8") from None
         if self.words[-1] == "":
@@ -672,8 +672,9 @@ def check_outputs(records, vocab, inputs, overwrite):
     """InputError unless MindRecords and a vocabulary (or None) can be written without harm to other files."""
     taken = set(map(os.path.realpath, inputs))
     for path in records + [vocab] * bool(vocab):
-        if os.path.isdir(path) or set(os.path.basename(path)) & set('\\:*?"<>|`&;\''):
-            raise InputError(f"{path}: a folder, or a name that MindRecord does not allow; choose another")
+        is_other = os.path.exists(path) and not os.path.isfile(path)
+        if is_other or set(os.path.basename(path)) & set('\\:*?"<>|`&;\''):
+            raise InputError(f"{path}: not a file, or a name that MindRecord does not allow; choose another")
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"{path}: its folder does not exist; create it first")
         for file in [path, path + ".db"] if path in records else [path]:
@@ -731,10 +732,13 @@ def convert(args):
             return os.path.join(stack.enter_context(folder), name or os.path.basename(path))
 
         drafts = {path: draft(path) for path in records}
-        if "-" in args.input:  # copied to a file, as --build-vocab reads it twice
-            inputs.append(draft(args.output, "standard input"))
-            with open(inputs[-1], "wb") as copy:
-                shutil.copyfileobj(sys.stdin.buffer, copy)
+        for pipe in [path for path in inputs if not os.path.isfile(path)] + ["-"] * ("-" in args.input):
+            # Copied to a file, as --build-vocab reads it twice.
+            copy = draft(args.output, "standard input" if pipe == "-" else os.path.basename(pipe))
+            source = sys.stdin.buffer if pipe == "-" else stack.enter_context(open(pipe, "rb"))
+            with open(copy, "wb") as file:
+                shutil.copyfileobj(source, file)
+            inputs = [path for path in inputs if path != pipe] + [copy]
         if args.build_vocab:
             drafts[args.vocab] = draft(args.vocab)
             build_vocabulary((words for words in sentences("counting") if not is_heldout(words, share)),

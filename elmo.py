@@ -17,6 +17,7 @@ static graph; bprop(inputs ..., out, dout) is a cell's own backward pass, which 
 """
 import argparse
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -29,7 +30,6 @@ import signal
 import sys
 import time
 import zipfile
-import zlib
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -636,7 +636,9 @@ def load_weights(path, cell, optional=False):
                                      f"options ask for float32 {list(p.shape)}")
             for name, p in wanted.items():
                 p.set_data(Tensor(file[name][...]))
-    except (OSError, RuntimeError) as error:
+    except InputError:
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {'no such file' if not os.path.exists(path) else 'not a readable HDF5 file'} "
                          f"({str(error).splitlines()[0]})") from None
     return True
@@ -647,6 +649,8 @@ def write_hdf5(path, arrays):
     h5py = import_h5py(path)
     with written(path) as draft, h5py.File(draft, "w") as file:
         for name, array in arrays:
+            if shutil.disk_usage(os.path.dirname(path) or ".").free < (64 << 20) + array.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # HDF5 would crash
             file.create_dataset(name, data=array)
 
 
@@ -788,12 +792,11 @@ class Run:
             return
         about = {"step": self.step, "position": self.position, "best": self.best, "losses": self.losses,
                  "lstm_states": states}
-        path = os.path.join(folder, f"step-{self.step}.npz")
-        write_npz(path, itertools.chain((("run/" + name, value) for name, value in about.items()),
-                                        ((published_name(p), p.asnumpy()) for p in self.parameters())))
-        if is_best:
-            with written(os.path.join(folder, "best.npz")) as draft:
-                shutil.copyfile(path, draft)
+        # The best first: after a crash between the two, this epoch ends again and is the best again.
+        for name in ["best.npz"] * is_best + [f"step-{self.step}.npz"]:
+            write_npz(os.path.join(folder, name), itertools.chain(
+                (("run/" + key, value) for key, value in about.items()),
+                ((published_name(p), p.asnumpy()) for p in self.parameters())))
         for old in checkpoints(folder)[:-2]:
             os.remove(old)
 
@@ -801,28 +804,32 @@ class Run:
         """Takes over the last checkpoint that is whole; where there is none yet, the run begins."""
         for path in reversed(checkpoints(folder)):
             try:
-                about = load_npz(path, self.parameters())
+                about = load_npz(path, self.parameters(), ("step", "best", "losses", "position", "lstm_states"))
             except InputError as error:
                 print(f"{error}; trying the one before", flush=True)
                 continue
-            self.step, self.best, self.losses = int(about["step"]), float(about["best"]), list(about["losses"])
-            self.position, self.lstm_state = about["position"], Tensor(about["lstm_states"][self.workers.rank])
+            step, best, losses, self.position, states = about
+            self.step, self.best, self.losses = int(step), float(best), list(losses)
+            self.lstm_state = Tensor(states[self.workers.rank])
             return
         if checkpoints(folder):
             raise InputError(f"{folder}: all of its checkpoints are damaged; train into another --out")
 
 
-def load_npz(path, parameters):
-    """Reads parameters from a checkpoint -> the arrays about the run. InputError where it is of no use."""
+def load_npz(path, parameters, about=()):
+    """Reads parameters from a checkpoint -> the arrays of these names about the run. InputError where it is of no use.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            if arrays.zip.testzip():  # numpy does not compare all checksums
+                raise ValueError("a checksum is wrong")
             for p in parameters:
-                p.set_data(Tensor(arrays[published_name(p)].reshape(p.shape)))
-            return {name[len("run/"):]: arrays[name] for name in arrays.files if name.startswith("run/")}
+                p.set_data(Tensor(np.asarray(arrays[published_name(p)], np.float32).reshape(p.shape)))
+            return [arrays["run/" + name] for name in about]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; train with --out {os.path.dirname(path)} first") from None
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: damaged, or not a checkpoint of this model ({error})") from None
+    except Exception as error:  # whatever numpy and zipfile raise, each with errors of its own
+        raise InputError(f"{path}: damaged, or not a checkpoint of this model ({error!r:.200})") from None
 
 
 def accumulator(p):
@@ -902,7 +909,7 @@ def train(args):
     options, about, corpus, heldout = training_inputs(args, workers)
     run = Run(options, options.n_tokens_vocab, about["seed"], args.amp, workers)
     softmax_is_new = False
-    if args.weights:
+    if args.weights and not (args.resume and checkpoints(args.out)):
         load_weights(args.weights, run.bilm)
         softmax_is_new = not load_weights(args.weights, run.softmax, optional=True)
     with contextlib.redirect_stdout(None if workers.rank else sys.stdout), stop_signals() as signals:
@@ -959,18 +966,19 @@ def train_steps(args, run, corpus, heldout, seed, signals):
 
 def training_inputs(args, workers):
     """Reads and checks what training needs -> options, what else the run consists of, corpus, held-out corpus (or None;
-    worker 0 tests). With --resume, the options, seed, type of products and vocabulary that the command line leaves open
-    are as they were."""
+    worker 0 tests). With --resume, the options, seed, type of products, weights and vocabulary that the command line
+    leaves open are as they were."""
     begun = {}
     if args.resume:
         path = os.path.join(args.out, "options.json")
         if not os.path.isfile(path):
             raise InputError(f"{args.out}: no run to resume; leave out --resume to begin one")
         begun = read_json(path)
-        if look_up(begun, "run.seed") not in range(1 << 40) or look_up(begun, "run.amp") not in [*LOSS_SCALE]:
+        seed, amp, weights = (look_up(begun, "run." + key) for key in ("seed", "amp", "weights"))
+        if not (is_valid(seed, 0, (0, 1 << 40)) and amp in [*LOSS_SCALE] and isinstance(weights, (str, type(None)))):
             raise InputError(f"{path}: damaged; train into another --out")
         args.options = args.options or (None if args.size else path)
-        args.amp = args.amp or look_up(begun, "run.amp")
+        args.amp, args.weights = args.amp or amp, args.weights or weights
     options = read_options(args.options) if args.options else SIZES[args.size or "original"]
     given = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "n_epochs")}
     options = replace(options, **{name: value for name, value in given.items() if value is not None})
@@ -988,20 +996,20 @@ def training_inputs(args, workers):
     if options.n_tokens_vocab not in (0, words):
         print(f"{args.options}: n_tokens_vocab is {options.n_tokens_vocab:,}, but {args.vocab} has {words:,} words, "
               "which decides", flush=True)
+    identity = lambda c: c and f"{c.sentences:,} sentences, {c.tokens:,} tokens, checksum {c.checksum:08x}"
     about = {"seed": look_up(begun, "run.seed") or 0 if args.seed is None else args.seed, "workers": workers.size,
-             "amp": args.amp, "vocabulary": vocabulary.fingerprint,
-             "data": f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, checksum {corpus.checksum:08x}"}
+             "amp": args.amp, "vocabulary": vocabulary.fingerprint, "data": identity(corpus),
+             "heldout": identity(heldout), "weights": args.weights and os.path.realpath(args.weights)}
     return replace(options, n_tokens_vocab=words), about, corpus, heldout
 
 
 def prepare_folder(args, content):
     """Makes the folder of a new run, or checks that the one to be resumed is this very run."""
     path = os.path.join(args.out, "options.json")
+    os.makedirs(args.out, exist_ok=True)
     if not args.resume:
-        if os.path.isdir(args.out) and os.listdir(args.out):
+        if set(os.listdir(args.out)) - {"options.json.part"}:  # the first file that is written here
             raise InputError(f"{args.out}: is not empty; give another --out, or --resume to go on with its run")
-        os.makedirs(args.out, exist_ok=True)
-        shutil.copyfile(args.vocab, os.path.join(args.out, "vocab"))
     else:
         begun = read_json(path)
         for place in [f.metadata["place"] for f in fields(Options)] + ["run." + key for key in content["run"]]:
@@ -1013,6 +1021,10 @@ def prepare_folder(args, content):
             if name.endswith(".part"):  # of a run that was killed
                 os.remove(os.path.join(args.out, name))
     write_json(path, content)
+    vocabulary = os.path.join(args.out, "vocab")
+    if not os.path.exists(vocabulary):
+        with written(vocabulary) as draft, open(args.vocab, "rb") as source, open(draft, "wb") as file:
+            shutil.copyfileobj(source, file)
 
 
 @contextlib.contextmanager
@@ -1051,8 +1063,9 @@ class Log:
         self.run, self.window, self.steps, self.seconds, self.last = run, window, 0, 0.0, None
         self.path, rows = os.path.join(folder, "log.csv") if folder else os.devnull, [self.COLUMNS + "\n"]
         if os.path.isfile(self.path):  # the run is resumed: what came after its checkpoint comes again
-            with open(self.path, encoding="utf-8") as file:
-                rows += [row for row in list(file)[1:] if row.endswith("\n") and int(row.split(",")[0]) <= run.step]
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                found = (re.match(r"(\d{1,18}),.*\n", row) for row in file)
+                rows += [match[0] for match in found if match and int(match[1]) <= run.step]
         if folder:
             with written(self.path) as draft, open(draft, "w", encoding="utf-8") as file:
                 file.writelines(rows)
@@ -1074,8 +1087,11 @@ class Log:
             left = f"{int(speed):,} tokens/s  {math.ceil(self.seconds / self.steps * (end - step) / 60)} min left"
         print(f"step {step:,} of {end:,}  epoch {epoch}  sampled loss {loss:.4f}  {left}", flush=True)
         heldout = f"{scores.forward:.4f},{scores.backward:.4f},{scores.average:.4f}" if scores else ",,"
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{step},{epoch},{loss:.6f},{speed},{heldout}\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{step},{epoch},{loss:.6f},{speed},{heldout}\n")
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}; mend that, and go on with --resume") from None
         if scores:
             print(f"epoch {epoch}: held-out {scores}", flush=True)
         self.run.losses, self.steps, self.seconds = [], 0, 0.0
@@ -1101,7 +1117,8 @@ def perplexities(bilm, softmax, corpus):
         loss, state = losses(state, *map(Tensor, slots.fill(words, place)), Tensor(target))
         total += loss.asnumpy().astype(np.float64)[:, real.reshape(-1)].sum(1)
         count += int(real.sum())
-    return Perplexities(*np.exp(total / count), math.exp(total.sum() / (2 * count)), count)
+    with np.errstate(over="ignore"):  # of a model that has gone astray
+        return Perplexities(*np.exp([*total / count, total.sum() / (2 * count)]).tolist(), count)
 
 
 @functools.lru_cache(maxsize=1)  # one compilation serves all tests of a run
@@ -1230,8 +1247,8 @@ def sentence_vectors(embedder, path, positions_at_once=1 << 15):
 
 
 def refuse_existing(path, overwrite):
-    if os.path.exists(path) and not overwrite:
-        raise InputError(f"{path}: exists; choose another name or say --overwrite")
+    if os.path.exists(path) and not (overwrite and os.path.isfile(path)):
+        raise InputError(f"{path}: exists; choose another name{' or say --overwrite' * os.path.isfile(path)}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1239,11 +1256,18 @@ def refuse_existing(path, overwrite):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def positive(text):
-    """The type of arguments that are numbers above 0."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
+def value_of(name):
+    """The type of arguments that set the option of this name."""
+    default, valid = next((f.default, f.metadata["valid"]) for f in fields(Options) if f.name == name)
+
+    def parse(text):
+        value = type(default)(text)
+        if not is_valid(value, default, valid):
+            raise ValueError
+        return value
+
+    parse.__name__ = name  # argparse says it
+    return parse
 
 
 def whole(text):
@@ -1274,12 +1298,12 @@ def make_parser():
     add("--heldout", metavar="FILE",
         help="text to test on after each epoch (default: heldout.mindrecord, if there is one)")
     add("--size", choices=SIZES, help="of the model, where there are no --options (default: original)")
-    add("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=natural,
+    add("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=value_of("n_epochs"),
         help="passes over the text (default: as in the options, 10)")
     add("--steps", metavar="N", type=natural, help="stop after N steps")
-    add("--lr", dest="learning_rate", metavar="X", type=positive,
+    add("--lr", dest="learning_rate", metavar="X", type=value_of("learning_rate"),
         help="learning rate (default: as in the options, 0.2)")
-    add("--batch-size", metavar="N", type=natural,
+    add("--batch-size", metavar="N", type=value_of("batch_size"),
         help="rows of text side by side (default: as in the options, 128)")
     add("--seed", metavar="N", type=whole, help="decides all that is random (default: 0)")
     add("--log-every", metavar="K", type=natural, default=100,
@@ -1302,7 +1326,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     args.argv = [sys.argv[0], *argv]
     if args.vocab is None:
-        args.vocab = os.path.join(args.out, "vocab") if args.resume else "vocab"
+        of_run = os.path.join(args.out, "vocab")
+        args.vocab = of_run if args.resume and os.path.exists(of_run) else "vocab"
     if args.data is None:
         args.data = "heldout.mindrecord" if args.command == "test" else "train.mindrecord"
     if args.heldout is None and os.path.exists("heldout.mindrecord"):

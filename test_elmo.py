@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from dataclasses import replace
@@ -405,6 +406,15 @@ def test_input_is_files_folders_globs_gz_and_standard_input(folder, monkeypatch)
         assert [words[1] for words in sentences_of()] == ["one", "two", "three", "four", "five"]
 
 
+def test_a_pipe_is_read_once_also_where_the_vocabulary_is_counted_first(folder):
+    os.mkfifo(folder / "pipe")
+    thread = threading.Thread(target=write, args=(folder / "pipe", "the six\nthe six\n"))
+    thread.start()
+    assert data.main(["--input", "pipe", "--build-vocab", "--min-count", "2", "--vocab", "new"]) == 0
+    thread.join()
+    assert sentences_of() == [["the", "six"]] * 2 and "six" in data.Vocabulary("new").words
+
+
 def test_lines_without_end_do_not_fill_the_memory(folder, monkeypatch):
     monkeypatch.setattr(data, "MAX_LINE", 1000)
     words = [f"wörd{i}" for i in range(3000)] + ["x" * 5000]
@@ -441,12 +451,12 @@ def test_vocabulary_is_by_falling_count_then_code_point(folder):
     assert data.Vocabulary("vocab").words == ["<S>", "</S>", "<UNK>", "b", "Z"]
 
 
-def test_vocabulary_reads_any_line_ends(folder):
+def test_vocabulary_reads_any_line_ends_and_a_byte_order_mark(folder):
     plain = data.Vocabulary("vocab")
     assert len(plain) == 10 and plain.index["the"] == 3
     assert plain.ids(["dog", "cow", "<S>"]).tolist() == [9, data.UNK, data.S] and plain.ids([]).dtype == np.int32
     text = (folder / "vocab").read_text()
-    for other in (text[:-1], text.replace("\n", "\r\n")):
+    for other in (text[:-1], text.replace("\n", "\r\n"), "\ufeff" + text):
         vocabulary = data.Vocabulary(write(folder / "other", other))
         assert vocabulary.words == plain.words and vocabulary.fingerprint == plain.fingerprint
     assert data.Vocabulary(write(folder / "other", text + "cow")).fingerprint != plain.fingerprint
@@ -613,8 +623,8 @@ def test_a_disk_too_full_for_data_py_is_one_line(folder, monkeypatch, capsys):
     ({}, "--input a.txt --output h --heldout ./h", "./h: is an input or another output"),
     ({}, "--input a.txt --output vocab --build-vocab --overwrite", "vocab: is an input or another output"),
     ({}, "--input a.txt --output nowhere/x", "nowhere/x: its folder does not exist"),
-    ({}, "--input a.txt --output .", ".: a folder"),
-    ({}, "--input a.txt --output a&b", "a&b: a folder, or a name that MindRecord does not allow"),
+    ({}, "--input a.txt --output .", ".: not a file"),
+    ({}, "--input a.txt --output a&b", "a&b: not a file, or a name that MindRecord does not allow"),
     ({}, "--input a.txt --heldout h --heldout-share 1", "--heldout-share 1.0: must lie between"),
     ({}, "--input a.txt --heldout h --heldout-share 0.000001", "h: no sentence"),
     ({}, "--input a.txt --build-vocab --vocab v --min-count 9", "--min-count 9: no word"),
@@ -1289,6 +1299,21 @@ def test_fine_tuning_prints_the_perplexity_before_and_says_where_the_softmax_is_
     assert f"held-out {before}" in trained.out.splitlines()[-1]  # it goes on where that run ended
 
 
+def test_fine_tuning_stopped_before_its_first_checkpoint_starts_from_the_same_weights(
+        trained, exported, monkeypatch, tmp_path):
+    command, seen = training(trained.folder, tmp_path / "fine"), []
+
+    def perplexities(bilm, softmax, corpus):
+        seen.append(softmax.W.asnumpy())
+        raise Killed
+    monkeypatch.setattr(elmo, "perplexities", perplexities)
+    for arguments in (["--weights", exported], ["--resume"]):
+        with pytest.raises(Killed):
+            run(*command, *arguments)
+    with np.load(trained.model / "best.npz") as best:
+        assert all((W == best["softmax/W"]).all() for W in seen) and len(seen) == 2
+
+
 def test_a_missing_h5py_is_told_with_its_remedy(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(data.InputError, match="pip install h5py"):
@@ -1763,20 +1788,59 @@ def same_runs(a, b):
     return logs[0] == logs[1] and all((a / n).read_bytes() == (b / n).read_bytes() for n in names[0] if "npz" in n)
 
 
-def test_a_run_killed_at_four_places_and_resumed_ends_bit_by_bit_as_one_that_was_not(trained, monkeypatch, tmp_path):
+def test_a_run_killed_at_six_places_and_resumed_ends_bit_by_bit_as_one_that_was_not(trained, monkeypatch, tmp_path):
     out = tmp_path / "model"
-    command = training(trained.folder, out)
-    killed(monkeypatch, elmo.Run, "advance", 10, *command)  # before the first checkpoint
+    command, end_of_epoch = training(trained.folder, out), trained.predictions // 24
+    out.mkdir()
+    (out / "options.json.part").write_text("what a kill at the very start leaves behind")
+    killed(monkeypatch, shutil, "copyfileobj", 1, *command)  # before the vocabulary is there
+    killed(monkeypatch, elmo.Run, "advance", 10, *command, "--resume")  # before the first checkpoint
     killed(monkeypatch, elmo.Run, "advance", 35, *command, "--resume")  # between two
     assert sorted(path.name for path in out.glob("step-*")) == ["step-15.npz", "step-30.npz"]
     (out / "step-45.npz.part").write_text("what a kill leaves behind")
     killed(monkeypatch, np.lib.format, "write_array", 40, *command, "--resume")  # in the middle of a checkpoint
     killed(monkeypatch, elmo, "perplexities", 1, *command, "--resume")  # in a test, at the end of an epoch
+    killed(monkeypatch, elmo, "write_npz", 2, *command, "--resume")  # between the best and the last checkpoint
+    with np.load(out / "best.npz") as best:
+        assert best["run/step"] == end_of_epoch and not (out / f"step-{end_of_epoch}.npz").exists()
     newest = elmo.checkpoints(str(out))[-1]
     os.truncate(newest, os.path.getsize(newest) // 2)
+    with open(out / "log.csv", "ab") as file:
+        file.write(b"\n\xff;edited,1\n7;1;1\n")
     printed = succeed(*command, "--resume")
     assert f"{newest}: damaged" in printed and "resuming after step" in printed
     assert same_runs(trained.model, out)
+
+
+def flipped(content, place):
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1:]
+
+
+@pytest.mark.parametrize("harm", [
+    lambda content: content[:-7],
+    lambda content: flipped(content, len(content) // 2),
+    lambda content: flipped(content, content.index(b"NUMPY") + 7),  # the length of an array's header
+    lambda content: flipped(content, content.index(b"PK\x01\x02") + 10),  # the method of compression
+    lambda content: content.replace(b"run/step", b"run/stop"),
+    lambda content: content.replace(b"char_embed", b"char_embad"),
+    lambda content: content[content.index(b"\x93NUMPY"):],  # no .npz, an .npy
+    lambda content: None,  # a folder
+])
+def test_a_checkpoint_with_any_damage_is_told_and_the_one_before_is_taken(trained, tmp_path, harm):
+    older, newest = (int(Path(path).stem[5:]) for path in elmo.checkpoints(str(trained.model)))
+    shutil.copyfile(trained.model / f"step-{older}.npz", tmp_path / f"step-{older}.npz")
+    content = (trained.model / f"step-{newest}.npz").read_bytes()
+    damaged = harm(content)
+    assert damaged != content
+    if damaged is None:
+        (tmp_path / f"step-{newest}.npz").mkdir()
+    else:
+        (tmp_path / f"step-{newest}.npz").write_bytes(damaged)
+    resumed = elmo.Run(trained.options, len(trained.vocabulary))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        resumed.resume(str(tmp_path))
+    assert resumed.step == older
+    assert f"step-{newest}.npz: damaged" in out.getvalue() and out.getvalue().count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -1800,7 +1864,8 @@ def test_a_signal_stops_the_run_after_a_checkpoint_and_tells_how_to_go_on(traine
 def test_resuming_a_run_that_is_over_changes_nothing(trained):
     before = tree(trained.model)
     assert "all steps are done" in succeed("train", "--device", "CPU", "--data", trained.folder / "train.mindrecord",
-                                           "--out", trained.model, "--resume")
+                                           "--heldout", trained.folder / "heldout.mindrecord", "--out", trained.model,
+                                           "--resume")
     assert tree(trained.model) == before
 
 
@@ -1811,6 +1876,8 @@ def test_resuming_a_run_that_is_over_changes_nothing(trained):
     (["--amp", "float16"], "run.amp None, not 'float16'"),
     (["--options", "dim8.json"], "lstm.dim 7, not 8"),
     (["--data", "heldout.mindrecord"], "run.data"),
+    (["--heldout", "train.mindrecord"], "run.heldout"),
+    (["--weights", "elmo_weights.hdf5"], "run.weights None, not '"),
     (["--vocab", "other_vocab", "--data", "other.mindrecord", "--heldout", "other.mindrecord"], "run.vocabulary"),
 ])
 def test_another_run_is_not_resumed(trained, monkeypatch, tmp_path, change, message):
@@ -1839,6 +1906,28 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoints(trained, mon
     assert "step-30.npz: could not be written (No space left on device)" in errors
     assert [path.name for path in (tmp_path / "model").glob("*.npz*")] == ["step-15.npz"]
 
+
+def test_a_disk_too_full_for_hdf5_is_one_line(trained, exported, monkeypatch, tmp_path):
+    (tmp_path / "in.txt").write_text("the cat\n")
+    monkeypatch.setattr(elmo.shutil, "disk_usage", lambda path: FullDisk)
+    common = ["--device", "CPU", "--out", trained.model]
+    for command in (["embed", "--input", tmp_path / "in.txt", "--output", tmp_path / "new.hdf5"],
+                    ["export", "--weights", tmp_path / "new.hdf5"]):
+        status, _, errors = run(*command, *common)
+        assert status == 2 and "new.hdf5: could not be written (No space left on device)" in errors
+        assert errors.splitlines()[-1].startswith("elmo.py: error: ")
+        assert os.listdir(tmp_path) == ["in.txt"]
+
+
+def test_a_disk_too_full_for_the_log_is_one_line(monkeypatch, tmp_path):
+    log = elmo.Log(str(tmp_path), types.SimpleNamespace(step=3, losses=[1.0]), 24)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(elmo, "open", full, raising=False)
+    with pytest.raises(data.InputError, match="log.csv: No space left on device; .*--resume"):
+        log.line(1, 5, None)
+
 # ---------------------------------------------------------------------------------------------------------
 # 10. Test: perplexity
 # ---------------------------------------------------------------------------------------------------------
@@ -1861,6 +1950,12 @@ def test_the_perplexity_is_that_of_numpy_over_every_prediction_once(batch_size, 
     assert result.predictions == len(losses[0]) == corpus.tokens + corpus.sentences
     np.testing.assert_allclose(result[:3], np.exp([np.mean(losses[0]), np.mean(losses[1]), np.mean(losses)]),
                                rtol=1e-5)
+
+
+def test_the_perplexity_of_a_model_that_has_gone_astray_is_infinite_and_no_error():
+    o = options(batch_size=2, unroll_steps=4)
+    softmax = randomize(elmo.Softmax(len(VOCABULARY), o.projection), 1, scale=1e6)
+    assert elmo.perplexities(elmo.BiLM(o), softmax, Sentences(some_sentences(3))).average == math.inf
 
 
 def test_perplexities_are_printed_in_the_form_that_other_programs_read():
@@ -2095,6 +2190,7 @@ def bad(trained, files, exported):
     (folder / "fine.txt").write_text("a b\n")
     (folder / "exists.npz").write_text("precious")
     (folder / "exists.hdf5").write_text("precious")
+    (folder / "folder.npz").mkdir()
     (folder / "other_vocab").write_text("\n".join([*SPECIAL, "the", "cat"]) + "\n")
     (folder / "wide.json").write_text(with_value("lstm", "projection_dim", 13))
     elmo.write_json(str(folder / "dim8.json"), elmo.as_json(replace(trained.options, dim=8)))
@@ -2122,6 +2218,10 @@ def bad(trained, files, exported):
             changed = change(file["char_embed"][...])
             del file["char_embed"]
             file["char_embed"] = changed
+    shutil.copyfile(exported, folder / "null.hdf5")
+    with h5py.File(folder / "null.hdf5", "r+") as file:
+        del file["char_embed"]
+        file["char_embed"] = h5py.Empty("f")
     shutil.copyfile(exported, folder / "group.hdf5")
     with h5py.File(folder / "group.hdf5", "r+") as file:
         del file["char_embed"]
@@ -2131,11 +2231,13 @@ def bad(trained, files, exported):
         shutil.copytree(folder / "run", folder / f"run_{name}")
         np.savez(folder / f"run_{name}" / "best.npz", **content)
     (folder / "binary").write_bytes(bytes(range(256)) * 4096)
-    for name, change in (("seed", -1), ("amp", "float8")):
+    for name, change in (("seed", -1), ("amp", "float8"), ("weights", 1)):
         shutil.copytree(folder / "run", folder / f"run_{name}")
         content = json.loads((folder / "run" / "options.json").read_text())
         content["run"][name] = change
         (folder / f"run_{name}" / "options.json").write_text(json.dumps(content))
+    (folder / "run_none").mkdir()
+    shutil.copyfile(folder / "dim8.json", folder / "run_none" / "options.json")
     shutil.copytree(folder / "run", folder / "run_vocab")
     (folder / "run_vocab" / "vocab").write_bytes(b"")
     (folder / "huge.json").write_text(with_value("lstm", "dim", 65536))
@@ -2185,16 +2287,21 @@ EMBED = "embed --device CPU --out ../model --input fine.txt --output new.npz"
     (TRAIN + " --resume", "new: no run to resume"),
     (TRAIN + " --seed 1e3", "--seed"), (TRAIN + " --lr inf", "--lr"),
     (TRAIN + " --epochs 99999999999999999999", "--epochs"),
+    (TRAIN + " --epochs 2000000", "--epochs"), (TRAIN + " --lr 1e-300", "--lr"),
     (TRAIN + " --batch-size 99999999999999999999", "--batch-size"),
     (TRAIN + " --weights binary", "binary: not a readable HDF5 file"),
     (TRAIN + " --weights .", ".: "),
     (TRAIN + " --weights float64.hdf5", "char_embed is float64 [261, 4], but these options ask for float32 [261, 4]"),
     (TRAIN + " --weights scalar.hdf5", "char_embed is float32 []"),
     (TRAIN + " --weights group.hdf5", "has no dataset char_embed"),
+    (TRAIN + " --weights null.hdf5", "null.hdf5: not a readable HDF5 file"),
     (TRAIN.replace("--out new", "--out /proc/none/new"), "/proc/none"),
-    (TRAIN.replace("--out new", "--out run") + " --resume", "run: all of its checkpoints are damaged"),
+    (TRAIN.replace("--out new", "--out run") + " --resume --heldout ../heldout.mindrecord",
+     "run: all of its checkpoints are damaged"),
     (TRAIN.replace("--out new", "--out run_seed") + " --resume", "options.json: damaged"),
     (TRAIN.replace("--out new", "--out run_amp") + " --resume", "options.json: damaged"),
+    (TRAIN.replace("--out new", "--out run_weights") + " --resume", "options.json: damaged"),
+    (TRAIN.replace("--out new", "--out run_none") + " --resume", "options.json: damaged"),
     ("test --device CPU --out run_pickle --data ../heldout.mindrecord", "best.npz: damaged"),
     ("test --device CPU --out run_lacking --data ../heldout.mindrecord", "best.npz: damaged"),
     ("test --device CPU --out run_shapes --data ../heldout.mindrecord", "best.npz: damaged"),
@@ -2216,6 +2323,7 @@ EMBED = "embed --device CPU --out ../model --input fine.txt --output new.npz"
     (EMBED.replace("fine.txt", "latin1.txt"), "latin1.txt: line 2 is not UTF-8"),
     (EMBED.replace("fine.txt", "."), ".: "),
     (EMBED.replace("new.npz", "exists.npz"), "exists.npz: exists"),
+    (EMBED.replace("new.npz", "folder.npz --overwrite"), "folder.npz: exists; choose another name\n"),
     (EMBED.replace("new.npz", "new.txt"), ".npz"),
     (EMBED.replace("new.npz", "gone/new.npz"), "gone/new.npz"),
     (EMBED.replace("new.npz", "gone/new.hdf5"), "gone/new.hdf5"),
