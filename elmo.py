@@ -1,24 +1,29 @@
 """ELMo in one file: "Deep contextualized word representations" (Peters et al., NAACL 2018) in MindSpore.
 
-    python data.py  --input corpus/              text to train.mindrecord
-    python elmo.py  --device Ascend              train the paper's biLM on it
-    python elmo.py  embed --input sentences.txt --output vectors.npz
+    python data.py --input corpus/            text to train.mindrecord
+    python elmo.py --device Ascend            train the paper's biLM on it
+    python elmo.py embed --input sentences.txt --output vectors.npz
 
-The paper                                        The machinery around it
-  1. Options (section 3.4)                         7. Published options and weights
-  2. Character CNN (3.1, 3.4)                      8. One training step
-  3. LSTM with projection (3.1)                    9. A run and its checkpoints
-  4. Bidirectional language model (3.1)           10. Train, test, embed
-  5. Softmax, full and sampled (3.1)              11. Command line
-  6. ELMo: the scalar mix (3.2, equation 1)
+Read this: the paper                          Skip on first reading: what surrounds it
+  1. Options (section 3.4)                      8. Embedding files of sentences
+  2. Character CNN (3.1, 3.4)                   9. The file formats of bilm-tf and AllenNLP
+  3. LSTM with projection (3.1, 3.4)           10. A run's folder: checkpoints, resuming, the log
+  4. Bidirectional language model (3.1)        11. Several devices
+  5. Softmax, full and sampled (3.1)           12. Command line
+  6. ELMo: the scalar mix (3.2, 3.3)
+  7. Training and perplexity (3.1, 3.4)
 
-For readers of PyTorch: in MindSpore an nn.Cell is a Module and construct its forward; ms.jit compiles a function to a
-static graph; bprop(inputs ..., out, dout) is a cell's own backward pass, which returns a gradient for each input.
+Where the paper is silent, its reference code decides: bilm-tf, the authors' program in TensorFlow.
+
+For readers of PyTorch: an nn.Cell is a Module and its construct is forward; ms.jit compiles a function to a static
+graph; a cell's bprop, where there is one, is its own backward pass. Cells are fed by data.py, which the parts on
+training refer to: `Streams` and `measure_tiers` there.
 """
 import argparse
+import bisect
 import contextlib
 import errno
-import functools
+import heapq
 import itertools
 import json
 import math
@@ -30,283 +35,270 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import dataclass, field, fields, replace
+import zlib
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from data import (MAX_CHARS, SPECIAL, ArgumentParser, Corpus, InputError, Rows, Slots, Vocabulary, ahead, char_ids,
-                  natural, training_batches)  # before mindspore, whose log it quiets
+from data import (MAX_CHARS, RUN_FILE, SPECIAL, ArgumentParser, Corpus, InputError, Streams, Vocabulary, char_ids,
+                  check_outputs, file_name, fill_tiers, has_room, measure_tiers, natural, open_text, prefetch,
+                  run_program, with_progress)  # before mindspore, whose log it quiets
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-# ---------------------------------------------------------------------------------------------------------
-# 1. Options: every hyperparameter of the paper's model
-# ---------------------------------------------------------------------------------------------------------
-
-
-def option(place, default, *valid):
-    """A field of `Options`: its place in the published JSON, its least and greatest value (False and True are such,
-    too), or all of its values where they are strings."""
-    return field(default=default, metadata={"place": place, "valid": valid})
-
+# ---- 1. Options: every hyperparameter of the paper's model -----------------------------------------------------------
 
 @dataclass(frozen=True)
 class Options:
-    """The hyperparameters; the defaults are the paper's ("original")."""
+    """The hyperparameters; the defaults are the paper's. InputError where a value makes no sense (`check_options`)."""
     # "The context insensitive type representation uses 2048 character n-gram convolutional filters followed by two
-    # highway layers ... and a linear projection down to a 512 representation." (section 3.4)
-    filters: tuple = option("char_cnn.filters", (  # [width in characters, number of filters]
-        (1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024)))
-    char_dim: int = option("char_cnn.embedding.dim", 16, 1, 1024)
-    activation: str = option("char_cnn.activation", "relu", "relu", "tanh")
-    n_highway: int = option("char_cnn.n_highway", 2, 0, 16)
+    # highway layers ... and a linear projection down to a 512 representation." (section 3.4; the rest is bilm-tf's)
+    filters: tuple = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))  # (width, number of filters)
+    n_highway: int = 2
+    char_dim: int = 16
+    activation: str = "relu"  # or tanh
     # "The final model uses L = 2 biLSTM layers with 4096 units and 512 dimension projections and a residual connection
-    # from the first to second layer." (section 3.4)
-    n_layers: int = option("lstm.n_layers", 2, 1, 16)
-    dim: int = option("lstm.dim", 4096, 1, 65536)
-    projection: int = option("lstm.projection_dim", 512, 1, 65536)
-    use_skip_connections: bool = option("lstm.use_skip_connections", True, False, True)
-    # What follows is not in the paper but in its reference code, bilm-tf; what is about training may be lacking in a
-    # file of published options.
-    cell_clip: float = option("lstm.cell_clip", 3.0, 0.01, 1e9)  # |c| of an LSTM never exceeds this,
-    proj_clip: float = option("lstm.proj_clip", 3.0, 0.01, 1e9)  # and |h| not this
-    dropout: float = option("dropout", 0.1, 0.0, 0.99)
-    batch_size: int = option("batch_size", 128, 1, 65536)        # rows of text, read side by side
-    unroll_steps: int = option("unroll_steps", 20, 1, 1024)      # tokens of each row in a step; state goes on
-    sample_softmax: bool = option("sample_softmax", True, False, True)  # False: the full softmax
-    n_negative_samples_batch: int = option("n_negative_samples_batch", 8192, 1, 1 << 24)
-    all_clip_norm_val: float = option("all_clip_norm_val", 10.0, 1e-9, 1e9)  # of the gradient's global norm
-    learning_rate: float = option("learning_rate", 0.2, 1e-9, 1e9)           # of Adagrad
-    n_epochs: int = option("n_epochs", 10, 1, 1 << 20)           # "After training for 10 epochs" (section 3.4)
-    n_tokens_vocab: int = option("n_tokens_vocab", 0, 0, 1 << 30)  # the vocabulary file decides; 0: not known
+    # from the first to second layer." (3.4)
+    n_layers: int = 2
+    dim: int = 4096
+    projection: int = 512
+    use_skip_connections: bool = True
+    n_epochs: int = 10  # "After training for 10 epochs on the 1B Word Benchmark" (3.4)
+    # What follows is not in the paper but in bilm-tf.
+    cell_clip: float = 3.0               # the cell state c of an LSTM stays within ± this,
+    proj_clip: float = 3.0               # and its output h within ± this
+    dropout: float = 0.1                 # of the input of each LSTM layer and of the last one's output
+    batch_size: int = 128                # streams of text, read side by side
+    unroll_steps: int = 20               # tokens of each stream in a training step; gradients stop there, states do not
+    sample_softmax: bool = True          # False: train with the full softmax
+    n_negative_samples_batch: int = 8192
+    all_clip_norm_val: float = 10.0      # limit of the gradient's global norm
+    learning_rate: float = 0.2           # of Adagrad
+    n_tokens_vocab: int = 0              # 0: not known; the vocabulary file decides
+
+    def __post_init__(self):
+        check_options(self)
 
 
-SIZES = {"tiny": Options(filters=((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), n_highway=1, dim=256, projection=64,
-                         n_negative_samples_batch=1024, learning_rate=0.1),  # 0.2 goes astray on little text
-         "small": Options(n_highway=1, dim=1024, projection=128),
-         "medium": Options(n_highway=1, dim=2048, projection=256),
-         "original": Options()}
+# ---- What the cells below are made of --------------------------------------------------------------------------------
+
+def on_cpu():
+    return ms.get_context("device_target") == "CPU"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 2. Character CNN: a word's characters to a context-independent token representation x_k
-# ---------------------------------------------------------------------------------------------------------
-
-BEYOND = 262  # a place after a token's 50 characters, which no filter may reach
+def compiled(function):
+    """The function as a static graph. On Ascend level O1 fuses kernels, each of which costs the time to launch it."""
+    return ms.jit(function, jit_level="O0" if on_cpu() else "O1")
 
 
-class MaxOverTime(nn.Cell):
-    """A convolution and its maximum over the positions, m[n, f] = max_t  x[t, n] · kernel[:, f].
-
-    x [positions, words, window], kernel [window, filters] -> m [words, filters].
-    The scores of all positions at once would be by far the largest tensor of the model; position by position, each
-    is small enough for the processor's cache. The backward pass asks for them again (the compiler decides whether they
-    were kept) and knows the position that won by its equality with the maximum: the same product has the same bits.
-    """
-
-    def __init__(self, amp=None):
-        super().__init__()
-        self.matmul, self.matmul_nt, self.matmul_tn = matmuls(amp)
-
-    def construct(self, x, kernel):
-        x = ops.unstack(x)
-        m = self.matmul(x[0], kernel)
-        for x_t in x[1:]:
-            m = ops.maximum(m, self.matmul(x_t, kernel))
-        return m
-
-    def bprop(self, x, kernel, m, dm):
-        dx, dkernel = (), ops.zeros_like(kernel)
-        for x_t in ops.unstack(x):
-            won = ops.select(self.matmul(x_t, kernel) == m, dm, ops.zeros_like(dm))
-            dm = dm - won  # a tie is won by its first position alone
-            dx += (self.matmul_nt(won, kernel),)
-            dkernel = dkernel + self.matmul_tn(x_t, won)
-        return ops.stack(dx), dkernel
-
-
-class CharEncoder(nn.Cell):
-    """x_k, the context-independent representation of a word (sections 3.1 and 3.4): its characters' embeddings -> CNN
-    -> maximum over time -> highway layers -> projection."""
-
-    def __init__(self, options, rng, amp=None):
-        super().__init__()
-        o, n = options, sum(number for _, number in options.filters)
-        uniform = lambda limit, *shape: rng.uniform(-limit, limit, shape)
-        normal = lambda fan_in, *shape: rng.normal(0, math.sqrt(1 / fan_in), shape)
-        self.filters, self.relu = o.filters, o.activation == "relu"
-        self.width = max(width for width, _ in o.filters)
-        self.char_embed = new_parameter("char_embed", uniform(1.0, 261, o.char_dim))
-        self.W_cnn = new_parameters("CNN/W_cnn_{}", [
-            uniform(0.05, 1, w, o.char_dim, k) if self.relu else normal(w * o.char_dim, 1, w, o.char_dim, k)
-            for w, k in o.filters])
-        self.b_cnn = new_parameters("CNN/b_cnn_{}", [np.zeros(k) for _, k in o.filters])
-        highways = range(o.n_highway)
-        self.W_carry = new_parameters("CNN_high_{}/W_carry", [normal(n, n, n) for _ in highways])
-        self.b_carry = new_parameters("CNN_high_{}/b_carry", [np.full(n, -2.0) for _ in highways])
-        self.W_transform = new_parameters("CNN_high_{}/W_transform", [normal(n, n, n) for _ in highways])
-        self.b_transform = new_parameters("CNN_high_{}/b_transform", [np.zeros(n) for _ in highways])
-        self.projection = ms.ParameterTuple([new_parameter("CNN_proj/W_proj", normal(n, n, o.projection)),
-                                             new_parameter("CNN_proj/b_proj", np.zeros(o.projection))])
-        self.max_over_time, self.matmul = MaxOverTime(amp), MatMul(amp)
-
-    def construct(self, *groups):
-        """Groups of words, int32 [words, 50] each (see data.char_ids) -> [words of all groups, projection].
-
-        A group of words of at most s characters may come as [words, s + widest filter]: every further window of
-        theirs would hold padding only, as the last one left does, so that the maximum is the same.
-        """
-        kernel = self.kernel()
-        x = ops.concat([self.max_over_time(self.windows(chars), kernel) for chars in groups])
-        x = x + ops.concat(list(self.b_cnn))  # monotonic as the activation is, so that the maximum may come first
-        x = ops.relu(x) if self.relu else tanh(x)  # [words, filters]
-        # Highway layers (Srivastava et al., 2015). g lets the transformed x pass, whatever the name of its weights in
-        # the published files; its bias begins at -2, so that x at first is carried through.
-        for W_c, b_c, W_t, b_t in zip(self.W_carry, self.b_carry, self.W_transform, self.b_transform):
-            g = ops.sigmoid(self.matmul(x, W_c) + b_c)
-            x = g * ops.relu(self.matmul(x, W_t) + b_t) + (1 - g) * x  # [words, filters]
-        W, b = self.projection
-        return self.matmul(x, W) + b  # [words, projection]
-
-    def windows(self, chars):
-        """The embedded characters that the filters see at each position, [positions, words, window], each with a mark:
-        1 where it is beyond the token's 50 characters, else 0."""
-        if chars.shape[1] == MAX_CHARS:
-            chars = ops.pad(chars, (0, self.width - 1), value=BEYOND)
-        words, positions = chars.shape[0], chars.shape[1] - self.width + 1
-        zero = ops.zeros((1, self.char_embed.shape[1]), ms.float32)  # row 0, a masked character, and BEYOND
-        marks = Tensor((np.arange(BEYOND + 1) == BEYOND).astype(np.float32)[:, None])
-        table = ops.concat((ops.concat((zero, self.char_embed, zero)), marks), 1)  # [characters, char_dim + 1]
-        chars = ops.stack([chars.T[k:k + positions] for k in range(self.width)], -1)  # [positions, words, width]
-        return ops.gather(table, chars, 0).reshape(positions, words, -1)
-
-    def kernel(self):
-        """All filters side by side, [window, filters]. Each is as wide as the widest: its further rows are zero. Its
-        own rows weigh the marks of `windows` with -1e4, so that no position where it reaches beyond the token wins.
-        """
-        kernel = ()
-        for (width, number), W in zip(self.filters, self.W_cnn):
-            out_of_reach = ops.full((width, 1, number), -1e4, dtype=ms.float32)
-            unused = ops.zeros((self.width - width, W.shape[2] + 1, number), ms.float32)
-            kernel += (ops.concat((ops.concat((W[0], out_of_reach), 1), unused)).reshape(-1, number),)
-        return ops.concat(kernel, 1)
-
-
-def tanh(x):
-    return 2 * ops.sigmoid(2 * x) - 1  # MindSpore's tanh is off by up to 1e-4 on the CPU, beyond |x| = 4
-
-
-class MatMul(nn.Cell):
-    """x · y, either of them transposed on request; float32 in, float32 out.
-
-    With `amp`, "float16" or "bfloat16", x and y are rounded to that type and multiplied in it. On the CPU, where that
-    is slow or cannot be done, the rounded numbers are multiplied as float32. A primitive and not ops.matmul, whose
-    gradient would write out transposed copies.
-    """
-
-    def __init__(self, amp=None, transpose_x=False, transpose_y=False):
-        super().__init__()
-        self.matmul, self.amp = ops.MatMul(transpose_x, transpose_y), amp and getattr(ms, amp)
-        self.multiplied_as = ms.float32 if ms.get_context("device_target") == "CPU" else self.amp
-
-    def construct(self, x, y):
-        if self.amp is None:
-            return self.matmul(x, y)
-        x, y = x.astype(self.amp).astype(self.multiplied_as), y.astype(self.amp).astype(self.multiplied_as)
-        return self.matmul(x, y).astype(ms.float32)
-
-
-def matmuls(amp=None):
-    """x · y, x · yᵀ and xᵀ · y."""
-    return MatMul(amp), MatMul(amp, transpose_y=True), MatMul(amp, transpose_x=True)
-
-
-def new_parameter(name, array):
+def parameter(name, array):
+    """A float32 parameter with its name in bilm-tf's files."""
     return Parameter(Tensor(np.asarray(array, np.float32)), name=name)
 
 
-def new_parameters(names, arrays):
-    return ms.ParameterTuple([new_parameter(names.format(k), array) for k, array in enumerate(arrays)])
+def matmul(x, y, transpose_x=False, transpose_y=False):
+    """x · y, either of them transposed on request. (The gradient of ops.matmul writes out transposed copies.)"""
+    return ops.MatMul(transpose_x, transpose_y)(x, y)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 3. LSTM with projection
-# ---------------------------------------------------------------------------------------------------------
+def make_matmul(amp):
+    """-> `matmul`, with x and y rounded to "float16" or "bfloat16" unless amp is None; float32 in, float32 out."""
+    half = amp and getattr(ms, amp)
+    multiplied_as = ms.float32 if on_cpu() else half  # a CPU is slow at half precision
+
+    def rounded_matmul(x, y, transpose_x=False, transpose_y=False):
+        x, y = x.astype(half).astype(multiplied_as), y.astype(half).astype(multiplied_as)
+        return matmul(x, y, transpose_x, transpose_y).astype(ms.float32)
+
+    return rounded_matmul if amp else matmul
 
 
-class ProjectedLSTM(nn.Cell):
-    """One direction of one layer over a window of time steps: the LSTM of section 3.1, its output projected (Sak et
-    al., 2014). The forget gate's + 1 and the clips are bilm-tf's.
+def log(x):
+    return ops.xlogy(ops.ones_like(x), x)  # the last bits of the CPU's ops.log depend on how threads share the work
 
-        i, j, f, o = [x_t, h] · kernel + bias        (input gate, candidate, forget gate, output gate)
+
+def make_tanh():
+    """-> tanh. MindSpore's own is off by 1e-4 beyond |x| = 4 on a CPU."""
+    def tanh_by_sigmoid(x):
+        return 2 * ops.sigmoid(2 * x) - 1
+
+    return tanh_by_sigmoid if on_cpu() else ops.tanh
+
+
+# ---- 2. Character CNN: a word's characters to a context-independent token representation x_k -------------------------
+
+class CharEncoder(nn.Cell):
+    """x_k, "a context-independent token representation (via token embeddings or a CNN over characters)" (section 3.1).
+
+    With e[p] the embedding of character p of a word, and W_w, b_w the filters of width w:
+
+        score_w[p] = [e[p], ..., e[p + w - 1]] · W_w                for p = 0 ... 50 - w
+        feature_w  = activation(max_p score_w[p] + b_w)
+        x          = [feature_1, feature_2, ...]                    then, for each highway layer,
+        x          = g · relu(x · W_t + b_t) + (1 - g) · x,         g = sigmoid(x · W_c + b_c)
+        x_k        = x · W_proj + b_proj
+    """
+
+    def __init__(self, options, rng, amp=None):
+        super().__init__()
+        o, n_filters = options, sum(n for _, n in options.filters)
+        uniform = lambda limit, *shape: rng.uniform(-limit, limit, shape)
+        normal = lambda n_inputs, *shape: rng.normal(0, math.sqrt(1 / n_inputs), shape)
+        self.filters, self.char_dim, self.widest = o.filters, o.char_dim, max(width for width, _ in o.filters)
+        self.matmul, self.activation = make_matmul(amp), ops.relu if o.activation == "relu" else make_tanh()
+        self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # bytes and marks, see data.char_ids
+        W_cnn = [uniform(0.05, 1, width, o.char_dim, n) if o.activation == "relu"
+                 else normal(width * o.char_dim, 1, width, o.char_dim, n) for width, n in o.filters]
+        self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", W) for k, W in enumerate(W_cnn)])
+        self.b_cnn = ms.ParameterTuple([parameter(f"CNN/b_cnn_{k}", np.zeros(n)) for k, (_, n) in enumerate(o.filters)])
+        highway = [(("W_carry", normal(n_filters, n_filters, n_filters)),  # bilm-tf's name; it gates the transform,
+                    ("b_carry", np.full(n_filters, -2.0)),  # which is nearly closed at first
+                    ("W_transform", normal(n_filters, n_filters, n_filters)),
+                    ("b_transform", np.zeros(n_filters))) for _ in range(o.n_highway)]
+        self.highway = ms.ParameterTuple([parameter(f"CNN_high_{k}/{name}", array)
+                                          for k, layer in enumerate(highway) for name, array in layer])
+        self.projection = ms.ParameterTuple([
+            parameter("CNN_proj/W_proj", normal(n_filters, n_filters, o.projection)),
+            parameter("CNN_proj/b_proj", np.zeros(o.projection))])
+        # Added to the scores at positions past 50 - w, so that no filter wins where it reaches beyond the word's end.
+        past_end = np.arange(MAX_CHARS)[:, None] + [width for width, n in o.filters for _ in range(n)] > MAX_CHARS
+        self.beyond = Tensor(np.where(past_end, -1e4, 0)[:, None], ms.float32)  # [50, 1, filters]
+
+    def construct(self, chars, tiers=((0, MAX_CHARS),)):
+        """chars int32 [words, 50] (see data.char_ids) -> x_k [words, projection].
+
+        For speed, words may come ordered by length in tiers (see data.measure_tiers): ((n, limit), ...) says that the
+        first n words have at most `limit` characters, and so on. The last tier takes all the rest, whatever its n. The
+        result is the same.
+        """
+        kernel = ops.concat([  # all filters side by side; rows of zeros make each as wide as the widest
+            ops.concat((W, ops.zeros((1, self.widest - width, self.char_dim, n), ms.float32)), 1).reshape(-1, n)
+            for (width, n), W in zip(self.filters, self.W_cnn)], 1)  # [widest · char_dim, filters]
+        max_scores, first = [], 0
+        for n, limit in tiers[:-1]:
+            # One position more than a word has characters: from there on, all that a filter sees is padding.
+            max_scores.append(self.max_scores(chars[first:first + n, :limit + self.widest], kernel))
+            first += n
+        max_scores.append(self.max_scores(chars[first:], kernel))
+        x = self.activation(ops.concat(max_scores) + ops.concat(list(self.b_cnn)))  # [words, filters]
+        for k in range(0, len(self.highway), 4):
+            W_c, b_c, W_t, b_t = self.highway[k:k + 4]
+            g = ops.sigmoid(self.matmul(x, W_c) + b_c)
+            x = g * ops.relu(self.matmul(x, W_t) + b_t) + (1 - g) * x  # [words, filters]
+        W_proj, b_proj = self.projection
+        return self.matmul(x, W_proj) + b_proj  # [words, projection]
+
+    def max_scores(self, chars, kernel):
+        """max_p score_w[p] of all filters, [words, filters]; chars int32 [words, 50], or fewer (see construct).
+
+        For speed, one product for all filters and positions. (Nothing here uses ops.pad: its gradient is wrong in
+        MindSpore 2.10 from a graph's second run on.)
+        """
+        is_whole = chars.shape[1] == MAX_CHARS
+        if is_whole:
+            chars = ops.concat((chars, ops.zeros((chars.shape[0], self.widest - 1), ms.int32)), 1)
+        n_words, n_positions = chars.shape[0], chars.shape[1] - self.widest + 1
+        chars = ops.stack([chars.T[k:k + n_positions] for k in range(self.widest)], -1)  # [positions, words, widest]
+        table = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # id 0: no word at all
+        patches = ops.gather(table, chars, 0).reshape(n_positions * n_words, -1)  # [.., widest · char_dim]
+        scores = self.matmul(patches, kernel).reshape(n_positions, n_words, -1)  # [positions, words, filters]
+        if is_whole:
+            scores = scores + self.beyond
+        return ops.max(scores, 0)[0]
+
+
+# ---- 3. LSTM with projection -----------------------------------------------------------------------------------------
+
+class Recurrence(nn.Cell):
+    """One direction of one layer: the LSTM of section 3.1, its output projected (Sak et al., 2014). At each time step
+
+        i, j, f, o = [x_t, h] · W + B                   input gate, candidate, forget gate, output gate
         c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
-        h = clip((sigmoid(o) · tanh(c)) · projection)
+        h = clip((sigmoid(o) · tanh(c)) · W_P)          the forget gate's + 1 and the clips are bilm-tf's
 
-    x [time, batch, input], h [batch, projection], c [batch, dim], kernel [input + projection, 4 dim],
-    bias [4 dim], projection [dim, projection] -> h of every step [time, batch, projection], and again as a tuple; c of
-    every step, a tuple of [batch, dim]; what the backward pass needs. Only the first has a gradient, which does not go
-    back beyond the window. The own backward pass forms the gradient of each weight as one product over all steps.
+    For speed, bprop is the backward pass: it forms each weight's gradient as one product over all time steps, where
+    automatic differentiation adds up a product for each. It returns a gradient for each input of construct, which is
+    why the weights are inputs.
     """
 
     def __init__(self, cell_clip, proj_clip, amp=None):
         super().__init__()
-        self.cell_clip, self.proj_clip, self.bias_add = cell_clip, proj_clip, ops.BiasAdd()
-        self.matmul, self.matmul_nt, self.matmul_tn = matmuls(amp)
+        self.cell_clip, self.proj_clip = cell_clip, proj_clip
+        self.matmul, self.bias_add, self.tanh = make_matmul(amp), ops.BiasAdd(), make_tanh()
 
-    def construct(self, x, h, c, kernel, bias, projection):
-        inputs, hs, cs, gates = (), (), (), ()
-        for x_t in ops.unstack(x):
+    def construct(self, x, h, c, W, B, W_P):
+        """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
+        W_P [dim, projection] -> h of all time steps, [time, batch, projection]; and what bprop needs of each step."""
+        steps = ()
+        for x_t in ops.unstack(x):  # x[t] would be slow
             x_h = ops.concat((x_t, h), 1)  # [batch, input + projection]
-            z = self.bias_add(self.matmul(x_h, kernel), bias)
-            i, j, f, o = ops.split(z, c.shape[1], 1)  # [batch, dim] each
-            i, j, f, o = ops.sigmoid(i), tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
+            i, j, f, o = ops.split(self.bias_add(self.matmul(x_h, W), B), c.shape[1], 1)  # [batch, dim] each
+            i, j, f, o = ops.sigmoid(i), self.tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
             c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
-            u = tanh(c)
-            m = o * u
-            h = ops.clamp(self.matmul(m, projection), -self.proj_clip, self.proj_clip)
-            inputs, hs, cs, gates = inputs + (x_h,), hs + (h,), cs + (c,), gates + ((i, j, f, o, u, m),)
-        return ops.stack(hs), hs, cs, (inputs, gates)
+            u = self.tanh(c)
+            h = ops.clamp(self.matmul(o * u, W_P), -self.proj_clip, self.proj_clip)  # [batch, projection]
+            steps += ((x_h, i, j, f, o, u, c, h),)
+        return ops.stack([step[-1] for step in steps]), steps
 
-    def bprop(self, x, h, c, kernel, bias, projection, out, dout):
-        time, batch, size = x.shape
-        _, hs, cs, (inputs, gates) = out
-        dhs, dh, dc = ops.unstack(dout[0]), ops.zeros_like(h), ops.zeros_like(c)
-        dxs, dzs, dps = (), (), ()
-        for t in range(time - 1, -1, -1):
-            i, j, f, o, u, m = gates[t]
-            before = cs[t - 1] if t else c
-            dh = dhs[t] + dh
-            dp = ops.select(ops.abs(hs[t]) < self.proj_clip, dh, ops.zeros_like(dh))  # through the clip of h
-            dm = self.matmul_nt(dp, projection)
-            dc = dc + dm * o * (1 - u * u)  # m = o · u, u = tanh(c)
-            dc = ops.select(ops.abs(cs[t]) < self.cell_clip, dc, ops.zeros_like(dc))  # through the clip of c
-            # of the four gates before their sigmoids and the candidate before its tanh
-            dz = ops.concat((dc * i * j * (1 - i), dc * i * (1 - j * j), dc * f * before * (1 - f),
-                             dm * o * u * (1 - o)), 1)  # [batch, 4 dim]
-            dx_h = self.matmul_nt(dz, kernel)  # [batch, input + projection]
-            dc, dh = dc * f, dx_h[:, size:]
-            dxs, dzs, dps = (dx_h[:, :size],) + dxs, (dz,) + dzs, (dp,) + dps
-        dz = ops.concat(dzs)  # [time · batch, 4 dim]
-        dbias = self.matmul(ops.ones((1, time * batch), dz.dtype), dz)[0]  # as a product, twice as fast as dz.sum(0)
-        m = ops.concat([gate[-1] for gate in gates])
-        return (ops.stack(dxs), ops.zeros_like(h), ops.zeros_like(c),
-                self.matmul_tn(ops.concat(inputs), dz), dbias, self.matmul_tn(m, ops.concat(dps)))
+    def bprop(self, x, h, c, W, B, W_P, out, dout):
+        """dz is the gradient of z. Only the first output, h of all time steps, has one; those of the states are cut."""
+        c_first, steps, dh_outside = c, out[1], ops.unstack(dout[0])
+        dh, dc, dx, dgates, dhs = ops.zeros_like(h), ops.zeros_like(c), (), (), ()
+        for t in range(len(steps) - 1, -1, -1):
+            _, i, j, f, o, u, c, h = steps[t]
+            c_before = steps[t - 1][-2] if t else c_first
+            dh = dh_outside[t] + dh
+            dh = ops.select(ops.abs(h) < self.proj_clip, dh, ops.zeros_like(dh))  # no gradient where h was clipped
+            dou = self.matmul(dh, W_P, transpose_y=True)
+            dc = dc + dou * o * (1 - u * u)
+            dc = ops.select(ops.abs(c) < self.cell_clip, dc, ops.zeros_like(dc))
+            dgate = ops.concat((dc * i * j * (1 - i), dc * i * (1 - j * j), dc * f * c_before * (1 - f),
+                                dou * o * u * (1 - o)), 1)  # before sigmoid and tanh, [batch, 4 dim]
+            dx_h = self.matmul(dgate, W, transpose_y=True)  # [batch, input + projection]
+            dhs, dgates, dx = (dh,) + dhs, (dgate,) + dgates, (dx_h[:, :x.shape[2]],) + dx
+            dc, dh = dc * f, dx_h[:, x.shape[2]:]
+        x_h, ou = ops.concat([step[0] for step in steps]), ops.concat([step[4] * step[5] for step in steps])  # o · u
+        dgates = ops.concat(dgates)  # [time · batch, 4 dim]
+        ones = ops.ones((1, dgates.shape[0]), dgates.dtype)  # ones · dgates, twice as fast as dgates.sum(0)
+        return (ops.stack(dx), ops.zeros_like(h), ops.zeros_like(c_first), self.matmul(x_h, dgates, transpose_x=True),
+                self.matmul(ones, dgates)[0], self.matmul(ou, ops.concat(dhs), transpose_x=True))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 4. Bidirectional language model
-# ---------------------------------------------------------------------------------------------------------
+class ProjectedLSTM(nn.Cell):
+    """One direction of one layer with its weights, which begin Glorot-uniform, biases 0 (bilm-tf)."""
 
+    def __init__(self, name, options, rng, recurrence):
+        super().__init__()
+        glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
+        self.weights = ms.ParameterTuple([  # in a tuple, since a parameter that is an attribute takes its name
+            parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
+            parameter(name + "B", np.zeros(4 * options.dim)),
+            parameter(name + "W_P_0", glorot(options.dim, options.projection))])
+        self.recurrence = recurrence
+
+    def construct(self, x, state, lengths=None):
+        """x [time, batch, projection], state [batch, projection + dim], h beside c -> h of all time steps, like x, and
+        the state after the last one, or, with lengths (int32 [batch]), after each row's own last."""
+        W, B, W_P = self.weights
+        h, c = ops.split(state, [W_P.shape[1], W_P.shape[0]], 1)
+        hs, steps = self.recurrence(x, h, c, W, B, W_P)
+        if lengths is None:
+            return hs, ops.concat((steps[-1][-1], steps[-1][-2]), 1)
+        states = ops.stack([ops.concat((step[-1], step[-2]), 1) for step in steps])  # [time, batch, projection + dim]
+        last = (lengths - 1).reshape(1, -1, 1).tile((1, 1, states.shape[2]))
+        return hs, ops.gather_d(states, 0, last)[0]
+
+
+# ---- 4. Bidirectional language model ---------------------------------------------------------------------------------
 
 class BiLM(nn.Cell):
     """"We tie the parameters for both the token representation (Θx) and Softmax layer (Θs) in the forward and backward
     direction while maintaining separate parameters for the LSTMs in each direction" (section 3.1): the character
-    encoder and two times L layers of LSTMs; for Θs see `Softmax`.
+    encoder and 2 · L LSTMs; for Θs see `Softmax`.
 
-    options: an `Options`, or the path of a published options file; weight_file: published weights (.hdf5), or
-    None for the initial values of training, drawn from `seed`; amp: the type of the matrix products' operands, see
-    `MatMul`. Stateless: each call begins afresh.
+    options: an `Options` or the path of an options file; weight_file: weights in bilm-tf's format (.hdf5), or None for
+    the initial values of training, drawn from `seed`; amp: None, "float16" or "bfloat16", see `matmul`.
     """
 
     def __init__(self, options, weight_file=None, seed=0, amp=None):
@@ -314,185 +306,191 @@ class BiLM(nn.Cell):
         self.options = o = options if isinstance(options, Options) else read_options(options)
         rng = np.random.default_rng(seed)
         self.encoder = CharEncoder(o, rng, amp)
-        glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        weights = []  # kernel, bias and projection of layer 0 forward, layer 0 backward, layer 1 forward, ...
-        for layer, direction in itertools.product(range(o.n_layers), range(2)):
-            cell = f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
-            weights += [new_parameter(cell + "W_0", glorot(2 * o.projection, 4 * o.dim)),
-                        new_parameter(cell + "B", np.zeros(4 * o.dim)),
-                        new_parameter(cell + "W_P_0", glorot(o.dim, o.projection))]
-        self.weights = ms.ParameterTuple(weights)
-        self.lstm = ProjectedLSTM(o.cell_clip, o.proj_clip, amp)
+        recurrence = Recurrence(o.cell_clip, o.proj_clip, amp)  # one for all, so that it is compiled once
+        self.lstms = nn.CellList([  # layer 0 forward, layer 0 backward, layer 1 forward, ...
+            ProjectedLSTM(f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/", o, rng, recurrence)
+            for layer in range(o.n_layers) for direction in (0, 1)])
         self.begin, self.end = (Tensor(char_ids(word)).reshape(1, 1, -1) for word in SPECIAL[:2])
         if weight_file is not None:
             load_weights(weight_file, self)
 
-    def construct(self, ids, state=None):
-        """ids int32 [batch, tokens, 50] from `data.batch_to_ids` -> (layers, mask, state).
+    def contextualize(self, x, state, lengths=None, masks=None):
+        """The LSTMs over a chunk of text -> [[→h_1, ..., →h_L], [←h_1, ..., ←h_L]], each [time, batch, projection], and
+        the new state.
 
-        layers: R_k = {h_k,j | j = 0, ..., L} (section 3.2), each [batch, tokens, 2 · projection], forward beside
-        backward; h_k,0 is the token representation twice. mask: bool [batch, tokens], where there is a token. state
-        [2, layers, batch, projection + dim]: the LSTMs' after each sentence's end, through which no gradient flows;
-        give it to the next call only if its sentences are to be read as going on from these. <S> and </S> are added,
-        and left out of the result.
-        """
-        o = self.options
-        batch, tokens, _ = ids.shape
-        ids = ops.concat((self.begin.tile((batch, 1, 1)), ids, ops.zeros((batch, 1, MAX_CHARS), ms.int32)), 1)
-        filled = (ids > 0).any(-1)  # [batch, tokens + 2]
-        mask, lengths = filled[:, 1:-1], filled.astype(ms.int32).sum(1).astype(ms.int32) + 1  # the sum is int64
-        is_end = ops.arange(tokens + 2).reshape(1, -1, 1) == (lengths - 1).reshape(-1, 1, 1)
-        ids = ops.where(is_end, self.end, ids)  # </S> right behind each sentence, [batch, tokens + 2, 50]
-        x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, tokens + 2, -1)
-        both = ops.stack((x, ops.reverse_sequence(x, lengths, 1, 0))).swapaxes(1, 2)  # [2, time, batch, projection]
-        state = zero_state(o, batch) if state is None else state
-        (forward, backward), state = self.contextualize(both, state, lengths=lengths)
-        layers = [ops.concat((x, x), -1)]
-        for f, b in zip(forward, backward):
-            b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, 1, 0)
-            layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, time, 2 · projection]
-        return [layer[:, 1:-1] * mask[:, :, None].astype(layer.dtype) for layer in layers], mask, state
-
-    def token_representations(self, chars, words, slots):
-        """Encodes each distinct word of a batch once: chars int32 [slots, 50], in the tiers of `data.Slots`, so that
-        short words come with few characters; words int32 [...], the slot of the word that stands there -> [...,
-        projection]."""
-        groups, first = [], 0
-        for number, longest in slots.tiers[:-1]:
-            groups.append(chars[first:first + number, :longest + self.encoder.width])
-            first += number
-        return ops.gather(self.encoder(*groups, chars[first:]), words, 0)
-
-    def contextualize(self, x, state, keep=None, lengths=None):
-        """The LSTM layers over one window -> h_1 ... h_L of each direction, [time, batch, projection]; the new state.
-
-        x [2, time, batch, projection], direction 1 in its own reading order; state [2, layers, batch, projection +
-        dim], h beside c; keep[layer][direction], bool [time, batch, projection], drops that layer's input; with
-        lengths, int32 [batch], the new state is that after each row's length, else after the last step.
+        x [2, time, batch, projection], both directions in their own reading order; state [2, layers, batch, projection
+        + dim]; lengths: see `ProjectedLSTM`; masks [layers + 1][2], those of dropout, see `drop`.
         """
         o, outputs, states = self.options, [], []
-        for direction, (y, state_d) in enumerate(zip(ops.unstack(x), ops.unstack(state))):  # x[0] is slow, unstack not
+        for direction, (y, old_states) in enumerate(zip(ops.unstack(x), ops.unstack(state))):
             layers = []
-            for layer, state_l in enumerate(ops.unstack(state_d)):
-                x_l = y if keep is None else drop(y, keep[layer][direction], o.dropout)
-                h, c = ops.split(state_l, [o.projection, o.dim], 1)
-                first = 3 * (2 * layer + direction)
-                y, hs, cs, _ = self.lstm(x_l, h, c, *self.weights[first:first + 3])
+            for layer, old_state in enumerate(ops.unstack(old_states)):
+                y_in = y if masks is None else drop(y, masks[layer][direction], o.dropout)
+                y, new_state = self.lstms[2 * layer + direction](y_in, old_state, lengths)
                 if layer > 0 and o.use_skip_connections:
-                    y = y + x_l  # "a residual connection from the first to second layer" (3.4), and so on upwards
+                    y = y + y_in  # "a residual connection from the first to second layer" (3.4), and so on upwards
                 layers.append(y)
-                states.append(ops.concat((last(hs, lengths), last(cs, lengths)), 1))
+                states.append(new_state)
             outputs.append(layers)
         return outputs, ops.stack(states).reshape(state.shape)
 
+    def construct(self, ids, state=None, keep_sentence_boundaries=False):
+        """Sentences of any lengths: ids int [batch, tokens, 50] from `data.batch_to_ids` -> (layers, mask, state).
 
-def last(steps, lengths):
-    """Of a tuple of [batch, n], a step each, the last, or that of each row's length, -> [batch, n]."""
-    if lengths is None:
-        return steps[-1]
-    return ops.gather_d(ops.stack(steps), 0, (lengths - 1).reshape(1, -1, 1).tile((1, 1, steps[0].shape[1])))[0]
+        layers: R_k = {h_k,j | j = 0, ..., L} (section 3.2), each [batch, tokens, 2 · projection], forward beside
+        backward; h_k,0 is x_k twice. mask: bool [batch, tokens], where there is a token. state [2, layers, batch,
+        projection + dim]: the LSTMs' after each sentence's end, without a gradient; give it to the next call only if
+        its sentences go on from these. <S> and </S> are added, and left out of the result unless
+        keep_sentence_boundaries says otherwise: then there are 2 tokens more.
+        """
+        o, (batch, tokens, _) = self.options, ids.shape
+        ids = ops.concat((self.begin.tile((batch, 1, 1)), ids.astype(ms.int32),
+                          ops.zeros((batch, 1, MAX_CHARS), ms.int32)), 1)  # [batch, tokens + 2, 50]
+        n_tokens = (ids > 0).any(-1).astype(ms.int32).sum(1).astype(ms.int32)  # with <S>
+        position = ops.arange(tokens + 2).astype(ms.int32).reshape(1, -1)
+        ids = ops.where((position == n_tokens.reshape(-1, 1)).reshape(batch, -1, 1), self.end, ids)
+        lengths = n_tokens + 1
+        x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, tokens + 2, -1)
+        reversed_x = ops.reverse_sequence(x, lengths, seq_dim=1, batch_dim=0)
+        both = ops.stack((x, reversed_x)).swapaxes(1, 2)  # [2, time, batch, projection]
+        state = zero_state(o, batch) if state is None else state
+        (forward, backward), state = self.contextualize(both, state, lengths)
+        layers = [ops.concat((x, x), -1)]
+        for f, b in zip(forward, backward):
+            b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, seq_dim=1, batch_dim=0)
+            layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
+        mask = position < lengths.reshape(-1, 1)
+        if not keep_sentence_boundaries:
+            layers, mask = [layer[:, 1:-1] for layer in layers], mask[:, 2:]  # which is ones, then zeros
+        return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
 
-def drop(x, keep, rate):
-    return x * (keep.astype(x.dtype) * (1 / (1 - rate)))
+def zero_state(options, batch):
+    """The state of LSTMs that have read nothing: h beside c, of each direction and layer."""
+    return ops.zeros((2, options.n_layers, batch, options.projection + options.dim), ms.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 5. Softmax, full and sampled
-# ---------------------------------------------------------------------------------------------------------
+def drop(x, mask, rate):
+    """Dropout: x where mask is 1, 0 where it is 0, scaled so that the mean stays."""
+    return x * (mask.astype(x.dtype) * (1 / (1 - rate)))
 
+
+# ---- 5. Softmax, full and sampled ------------------------------------------------------------------------------------
 
 class LogSumExp(nn.Cell):
     """log Σ_k exp(y · W_k + b_k): y [n, projection], W [classes, projection], b [classes] -> [n].
 
-    With its own backward pass, since the logits, [n, classes], are large, and adding something to each row or column
-    of them is as slow as the product that makes them.
+    For speed, bprop is the backward pass, and b is one more column of W: the logits, [n, classes], are the largest
+    tensor of a step, and whatever touches each of them costs as much as the product that makes them.
     """
 
     def __init__(self):
         super().__init__()
         self.softmax = ops.Softmax()
-        self.matmul, self.matmul_nt, self.matmul_tn = matmuls()
+
+    def logits(self, y, W, b):
+        """-> y and W with a column for b, and the logits."""
+        y = ops.concat((y, ops.ones((y.shape[0], 1), y.dtype)), 1)
+        W = ops.concat((W, b.reshape(-1, 1)), 1)
+        return y, W, matmul(y, W, transpose_y=True)  # [n, classes]
 
     def construct(self, y, W, b):
-        x = self.matmul_nt(*self.with_bias(y, W, b))
-        return x.max(axis=1) - ops.log(self.softmax(x).max(axis=1))  # x_k - log p_k, of any class k
+        z = self.logits(y, W, b)[2]
+        # log Σ exp z = z_k - log softmax(z)_k for any k; for the largest, softmax is the most precise.
+        return z.max(axis=1) - log(self.softmax(z).max(axis=1))
 
     def bprop(self, y, W, b, out, dout):
-        y, W = self.with_bias(y, W, b)
-        p, dout = self.softmax(self.matmul_nt(y, W)), dout.reshape(-1, 1)
-        dW = self.matmul_tn(p, dout * y)
-        return dout * self.matmul(p, W)[:, :-1], dW[:, :-1], dW[:, -1]
+        y, W, z = self.logits(y, W, b)
+        p, dout = self.softmax(z), dout.reshape(-1, 1)  # d log Σ exp z / dz = softmax(z)
+        dW = matmul(p, dout * y, transpose_x=True)
+        return dout * matmul(p, W)[:, :-1], dW[:, :-1], dW[:, -1]
 
-    def with_bias(self, y, W, b):
-        """The bias as one more column of W."""
-        one = ops.ones((y.shape[0], 1), y.dtype)
-        return ops.concat((y, one), 1), ops.concat((W, b.reshape(-1, 1)), 1)
+
+log_sum_exp = LogSumExp()
 
 
 class Softmax(nn.Cell):
     """"The top layer LSTM output ... is used to predict the next token t_k+1 with a Softmax layer" (section 3.1), of
     parameters Θs for both directions: W [classes, projection], b [classes], a class for each word of the vocabulary."""
 
-    def __init__(self, classes, projection, seed=0):
+    def __init__(self, n_classes, projection, seed=0):
         super().__init__()
-        W = np.random.default_rng(seed).standard_normal((classes, projection), np.float32)
-        self.W = new_parameter("softmax/W", W * np.float32(math.sqrt(1 / projection)))
-        self.b = new_parameter("softmax/b", np.zeros(classes))
-        self.logsumexp = LogSumExp()
+        W = np.random.default_rng(seed).standard_normal((n_classes, projection), np.float32)
+        self.W = parameter("softmax/W", W * np.float32(math.sqrt(1 / projection)))
+        self.b = parameter("softmax/b", np.zeros(n_classes))
+        self.n_logits = 2 ** 25 if on_cpu() else 2 ** 30  # logits at once, which fit in memory
 
     def construct(self, y, target):
         """-log p(target) under the full softmax: y [n, projection], target int32 [n] -> [n]."""
-        at_once = max(1, 2 ** 25 // len(self.b))  # positions, so that the logits of a large vocabulary fit in memory
-        logsumexp = ops.concat([self.logsumexp(y[k:k + at_once], self.W, self.b) for k in range(0, len(y), at_once)])
-        return logsumexp - (y * self.W[target]).sum(1) - self.b[target]
+        n = max(1, self.n_logits // self.b.shape[0])  # positions
+        log_z = ops.concat([log_sum_exp(y[k:k + n], self.W, self.b) for k in range(0, y.shape[0], n)])
+        return log_z - (y * self.W[target]).sum(1) - self.b[target]
 
 
-class SampledSoftmaxLoss(nn.Cell):
-    """Mean over the positions of log(exp t + Σ_k exp s_k) - t, with t the target's logit and s_k those of the drawn
-    negatives (Jean et al., 2015); from both, the log of the class's expected count is subtracted.
+# Training does not sum over all classes but over the target and a sample of others, the negatives (bilm-tf).
 
-    A target that was drawn too must not stand in the sum twice ("accidental hit"). There it has the very logit t,
-    so that it is enough not to add exp t again.
+
+def draw_negatives(rng, n, n_classes):
+    """Draws classes log-uniformly, P(k) = log((k + 2) / (k + 1)) / log(n_classes + 1), until n distinct ones are found
+    -> these, int64 [n], and the number of draws. (Zipf's law, where class k is the k-th most frequent word.)"""
+    drawn, first = np.empty(0, np.int64), np.empty(n_classes, np.int64)
+    while True:
+        more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1
+        drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))
+        draws = np.arange(len(drawn))
+        first[drawn[::-1]] = draws[::-1]  # of the draws of a class the first remains, since it is written last
+        new = np.flatnonzero(first[drawn] == draws)
+        if len(new) >= n:
+            return drawn[new[:n]], int(new[n - 1]) + 1
+
+
+def log_expected_count(k, n_draws, n_classes):
+    """log q(k), the log of how often class k is expected among the distinct classes that so many draws find:
+    q(k) = 1 - (1 - P(k))^n_draws."""
+    p = np.log((k + 2) / (k + 1)) / np.log(n_classes + 1)
+    return np.log(-np.expm1(n_draws * np.log1p(-p)))
+
+
+def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, not_drawn):
+    """The mean over positions of log(exp t + Σ_k exp s_k) - t, with t the target's logit and s_k the negatives', each
+    less its log q (Jean et al., 2015).
+
+    y [n, projection]; W [classes, projection], b [classes]; target [n] and negatives [N], rows of W, and their log q;
+    not_drawn [n], 1 where the target is none of the negatives, else 0. Where it is one ("accidental hit"), its s_k is
+    t itself, and exp t must not stand in the sum twice.
     """
-
-    def __init__(self):
-        super().__init__()
-        self.logsumexp = LogSumExp()
-
-    def construct(self, y, W, b, target, drawn, target_log_q, drawn_log_q, undrawn):
-        """y [n, projection], W [rows, projection], b [rows]; target [n] and drawn [N], numbers of rows, and the logs
-        of their expected counts; undrawn bool [n], where the target is not among the drawn -> a scalar."""
-        t = (y * W[target]).sum(1) + b[target] - target_log_q  # [n]
-        s = self.logsumexp(y, W[drawn], b[drawn] - drawn_log_q)  # [n]
-        m = ops.stop_gradient(ops.maximum(s, t))
-        return (ops.log(ops.exp(s - m) + undrawn.astype(y.dtype) * ops.exp(t - m)) + m - t).mean()
+    t = (y * W[target]).sum(1) + b[target] - target_log_q  # [n]
+    s = log_sum_exp(y, W[negatives], b[negatives] - negative_log_q)  # [n], log Σ_k exp s_k
+    m = ops.stop_gradient(ops.maximum(s, t))
+    return (log(ops.exp(s - m) + not_drawn * ops.exp(t - m)) + m - t).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 6. ELMo: a task-specific combination of the biLM's layers (section 3.2)
-# ---------------------------------------------------------------------------------------------------------
-
+# ---- 6. ELMo: a task-specific combination of the biLM's layers (sections 3.2, 3.3) -----------------------------------
 
 class ScalarMix(nn.Cell):
     """Equation 1: ELMo_k = γ Σ_j s_j h_{k,j}, s = softmax(w).
 
-    w and γ are trained with the task. "... to regularize the ELMo weights by adding λ‖w‖²₂ to the loss" (section 3.3)
-    is one line of the task: `loss + lam * (mix.scalar_parameters ** 2).sum()`; section 5.1 compares λ = 1, nearly an
-    average of the layers, with 0.001.
+    w and γ are trained with the task, unless trainable is False; w begins with initial_scalar_parameters, or zeros.
+    "... to regularize the ELMo weights by adding λ‖w‖²₂ to the loss" (section 3.3): add to your task's loss
+    `lam * (mix.scalar_parameters ** 2).sum()`.
     """
 
-    def __init__(self, mixture_size, do_layer_norm=False):
+    def __init__(self, mixture_size, do_layer_norm=False, initial_scalar_parameters=None, trainable=True):
         super().__init__()
-        self.do_layer_norm = do_layer_norm
-        self.scalar_parameters = new_parameter("scalar_parameters", np.zeros(mixture_size))
-        self.gamma = new_parameter("gamma", np.ones(1))
+        w = np.zeros(mixture_size) if initial_scalar_parameters is None else np.asarray(initial_scalar_parameters)
+        if w.shape != (mixture_size,):
+            raise ValueError(f"a mix of {mixture_size} layers takes {mixture_size} parameters, not {list(w.shape)}")
+        self.mixture_size, self.do_layer_norm = mixture_size, do_layer_norm
+        self.scalar_parameters, self.gamma = parameter("scalar_parameters", w), parameter("gamma", np.ones(1))
+        self.scalar_parameters.requires_grad = self.gamma.requires_grad = trainable
 
     def construct(self, layers):
         """layers: `mixture_size` tensors of one shape [..., n] -> [..., n]."""
-        s = ops.softmax(self.scalar_parameters, 0)
+        if len(layers) != self.mixture_size:
+            raise ValueError(f"this mix is of {self.mixture_size} layers, not of {len(layers)}")
         if self.do_layer_norm:
             layers = [layer_norm(h) for h in layers]
+        s = ops.softmax(self.scalar_parameters, 0)
         return self.gamma * sum([s[j] * h for j, h in enumerate(layers)])
 
 
@@ -504,224 +502,171 @@ def layer_norm(h):
 
 
 class Elmo(nn.Cell):
-    """ELMo vectors as a layer of a task's network (section 3.3), with the names of AllenNLP's `Elmo`.
+    """ELMo vectors as a layer of a task's network (section 3.3), with the arguments of AllenNLP's `Elmo`.
 
-    options_file, weight_file: published files; num_output_representations: how many mixes of the layers, each with
-    its own s and γ; dropout: of the vectors, after `set_train()`; requires_grad: train the biLM too; do_layer_norm:
-    see `layer_norm`. Unlike AllenNLP's it keeps no state between calls.
+    options_file, weight_file: see `BiLM`; num_output_representations: how many mixes of the layers, each with its own s
+    and γ; requires_grad: train the biLM too; do_layer_norm: see `layer_norm`; dropout: of the vectors, after
+    `set_train()`; vocab_to_cache: not needed, ignored; keep_sentence_boundaries: leave <S> and
+    </S> in; scalar_mix_parameters: fixed w for all mixes, for example [-9e10, -9e10, 1] for the top layer alone.
+    Unlike AllenNLP's it keeps no state between calls.
     """
 
-    def __init__(self, options_file, weight_file, num_output_representations=1, dropout=0.5, requires_grad=False,
-                 do_layer_norm=False):
+    def __init__(self, options_file, weight_file, num_output_representations, requires_grad=False, do_layer_norm=False,
+                 dropout=0.5, vocab_to_cache=None, keep_sentence_boundaries=False, scalar_mix_parameters=None):
         super().__init__()
+        if vocab_to_cache is not None:
+            print("Elmo: vocab_to_cache is not needed: a batch's words are encoded as they come", file=sys.stderr)
         self.bilm = BiLM(options_file, weight_file)
         for p in self.bilm.get_parameters():
             p.requires_grad = requires_grad
-        self.requires_grad = requires_grad
-        mixes = [ScalarMix(self.bilm.options.n_layers + 1, do_layer_norm) for _ in range(num_output_representations)]
-        self.scalar_mixes = nn.CellList(mixes)
+        self.requires_grad, self.keep_sentence_boundaries = requires_grad, keep_sentence_boundaries
+        mix = self.bilm.options.n_layers + 1, do_layer_norm, scalar_mix_parameters, scalar_mix_parameters is None
+        self.scalar_mixes = nn.CellList([ScalarMix(*mix) for _ in range(num_output_representations)])
         self.dropout = nn.Dropout(p=dropout)
 
     def construct(self, ids):
-        """ids int32 [batch, tokens, 50] from `data.batch_to_ids` -> {'elmo_representations': one [batch, tokens,
-        2 · projection] for each mix, 'mask': bool [batch, tokens]}."""
-        layers, mask, _ = self.bilm(ids)
+        """ids int [batch, tokens, 50] from `data.batch_to_ids` -> {'elmo_representations': one [batch, tokens,
+        2 · projection] for each mix, 'mask': bool [batch, tokens]}; with sentence boundaries, tokens + 2."""
+        layers, mask, _ = self.bilm(ids, None, self.keep_sentence_boundaries)
         if not self.requires_grad:  # "we first freeze the weights of the biLM" (3.3); there is no backward pass then
             layers = [ops.stop_gradient(layer) for layer in layers]
         return {"elmo_representations": [self.dropout(mix(layers)) for mix in self.scalar_mixes], "mask": mask}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 7. Published options and weights
-# ---------------------------------------------------------------------------------------------------------
+# ---- 7. Training and perplexity (sections 3.1, 3.4) ------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    """What one training step reads: a chunk of text (data.Chunk) and what is random. n = time · batch, N negatives."""
+    chars: np.ndarray           # int32 [rows, 50], the distinct words, in tiers (see data.fill_tiers)
+    word_index: np.ndarray      # int32 [2, time, batch], which of them is read
+    reset_state: np.ndarray     # uint8 [batch], 1 where the LSTMs begin from zero
+    target: np.ndarray          # int32 [2, n], the class to predict
+    negatives: np.ndarray       # int32 [2, N]
+    target_log_q: np.ndarray    # float32 [2, n]
+    negative_log_q: np.ndarray  # float32 [2, N]
+    not_drawn: np.ndarray       # float32 [2, n], 1 where the target is none of the negatives, else 0
+    dropout: np.ndarray         # uint8 [layers + 1, 2, time, batch, projection], masks; [0] where there is no dropout
 
 
-def read_options(path):
-    """The `Options` of a published JSON file; InputError where it cannot be used."""
-    content, values = read_json(path), {}
-    for f in fields(Options):
-        place, valid = f.metadata["place"], f.metadata["valid"]
-        value = look_up(content, place)
-        if value is not None:
-            values[f.name] = tuple(map(tuple, value)) if f.name == "filters" and are_filters(value) else value
-        elif "." in place:
-            raise InputError(f"{path}: lacks {place}, which the model's shape depends on")
-        if valid and value is not None and not is_valid(value, f.default, valid):
-            raise InputError(f"{path}: {place} is {value!r:.40}, but must be " + (
-                " or ".join(valid) if f.type is str else f"{valid[0]} to {valid[-1]}"))
-    options = Options(**values)
-    if not are_filters(options.filters):
-        raise InputError(f"{path}: char_cnn.filters must be [[width, number], ...], a width 1 to {MAX_CHARS}")
-    if options.projection > sum(number for _, number in options.filters):
-        raise InputError(f"{path}: lstm.projection_dim {options.projection} is more than there are filters")
-    for place, known in (("char_cnn.max_characters_per_token", (MAX_CHARS,)), ("char_cnn.n_characters", (261, 262))):
-        if look_up(content, place) not in (None, *known):
-            raise InputError(f"{path}: {place} must be {known[0]}, as in every published model")
-    return options
-
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); mend it, or choose a --size") from None
-
-
-def look_up(content, place):
-    """The value at a.b.c of nested dictionaries, None where there is none."""
-    for key in place.split("."):
-        content = content.get(key) if isinstance(content, dict) else None
-    return content
-
-
-def is_valid(value, default, valid):
-    kind = type(default)
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        return False
-    return value in valid if kind is str else valid[0] <= value <= valid[-1]
-
-
-def are_filters(value):
-    """Whether value is a list of [width, number], not empty."""
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(n) is int for n in pair)
-        and 1 <= pair[0] <= MAX_CHARS and 1 <= pair[1] <= 65536 for pair in value)
-
-
-def as_json(options, **run):
-    """The published JSON format, as nested dictionaries; a run's folder adds what else the run consists of."""
-    content = {"char_cnn": {"max_characters_per_token": MAX_CHARS, "n_characters": 262}}
-    for f in fields(Options):
-        *outer, key = f.metadata["place"].split(".")
-        node = content
-        for name in outer:
-            node = node.setdefault(name, {})
-        node[key] = getattr(options, f.name)
-    return json.loads(json.dumps({**content, **({"run": run} if run else {})}))  # tuples become lists, as read back
-
-
-def write_json(path, content):
-    with written(path) as draft, open(draft, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-
-
-def import_h5py(path):
-    try:
-        import h5py
-    except ImportError:
-        raise InputError(f"{path}: .hdf5 files need h5py; install it with: pip install h5py") from None
-    return h5py
-
-
-def published_name(p):
-    """A parameter's name in the published files: its own, less what the cells around it prefix."""
-    return p.name.rpartition(".")[2]
-
-
-def load_weights(path, cell, optional=False):
-    """Reads a cell's parameters from a published .hdf5. InputError where one is missing or of another shape;
-    with `optional`, False is returned where all are missing."""
-    h5py = import_h5py(path)
-    wanted = {published_name(p): p for p in cell.get_parameters()}
-    try:
-        with h5py.File(path, "r") as file:
-            if optional and not any(name in file for name in wanted):
-                return False
-            for name, p in wanted.items():
-                if not isinstance(file.get(name), h5py.Dataset):
-                    raise InputError(f"{path}: has no dataset {name}, which these options ask for")
-                if file[name].shape != p.shape or file[name].dtype != np.float32:
-                    raise InputError(f"{path}: {name} is {file[name].dtype} {list(file[name].shape)}, but these "
-                                     f"options ask for float32 {list(p.shape)}")
-            for name, p in wanted.items():
-                p.set_data(Tensor(file[name][...]))
-    except InputError:
-        raise
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: {'no such file' if not os.path.exists(path) else 'not a readable HDF5 file'} "
-                         f"({str(error).splitlines()[0]})") from None
-    return True
-
-
-def write_hdf5(path, arrays):
-    """Writes (name, array) pairs as datasets, one by one."""
-    h5py = import_h5py(path)
-    with written(path) as draft, h5py.File(draft, "w") as file:
-        for name, array in arrays:
-            if shutil.disk_usage(os.path.dirname(path) or ".").free < (64 << 20) + array.nbytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # HDF5 would crash
-            file.create_dataset(name, data=array)
-
-
-def export(args):
-    """Writes a run's best weights as an .hdf5 that bilm-tf and AllenNLP read, and its options beside it."""
-    options_file = re.sub(r"(_?weights)?\.(hdf5|h5)$", "", args.weights) + "_options.json"
-    for path in (args.weights, options_file):
-        refuse_existing(path, args.overwrite)
-    bilm, softmax, _ = open_model(args)
-    everything = [*bilm.get_parameters(), *softmax.get_parameters()]
-    write_hdf5(args.weights, ((published_name(p), p.asnumpy()) for p in everything))
-    write_json(options_file, as_json(bilm.options))
-    print(f"wrote {args.weights} and {options_file}")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 8. One training step
-# ---------------------------------------------------------------------------------------------------------
-
-
-LOSS_SCALE = {None: 1.0, "bfloat16": 1.0, "float16": 1024.0}  # the gradients of float16 become 0 below 6e-8
-
-
-def make_step(bilm, accumulators, slots, workers=1, loss_scale=1.0):
-    """The whole training step as one static graph: forward, backward, clipping, Adagrad.
-
-    The rows of the softmax that the batch touches come in and go out as tensors: a graph that both reads and
-    writes the table would copy all of it. Of several workers, each gets the mean of all gradients. The loss is
-    multiplied by `loss_scale` and the gradient divided by it, so that what is small does not vanish in float16.
+def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
+    """A chunk of text -> the `Batch` of a step. What is random depends on the seed and the step, so that a run can be
+    resumed. Masks also depend on the worker; all workers have the same negatives (bilm-tf draws them for each device).
     """
-    o, weights = bilm.options, ms.ParameterTuple(bilm.trainable_params())
-    adagrad, lr, softmax_loss = ops.ApplyAdagrad(), o.learning_rate, SampledSoftmaxLoss()
+    o, target = options, chunk.target.reshape(2, -1)
+    if o.sample_softmax:
+        rng = np.random.default_rng([seed, step, 1])
+        drawn = [draw_negatives(rng, o.n_negative_samples_batch, n_classes) for _ in range(2)]
+        negatives, n_draws = np.stack([classes for classes, _ in drawn]), np.array([[n] for _, n in drawn])
+        log_q = [log_expected_count(k, n_draws, n_classes) for k in (target, negatives)]
+    else:  # the full softmax is the sampled one with every class drawn
+        negatives = np.tile(np.arange(n_classes), (2, 1))
+        log_q = [np.zeros(target.shape), np.zeros(negatives.shape)]
+    not_drawn = [~np.isin(t, k) for t, k in zip(target, negatives)]
+    shape = (o.n_layers + 1, *chunk.word_index.shape, o.projection) if o.dropout else (0,)
+    bits = np.random.SFC64([seed, step, 2, rank]).random_raw(math.prod(shape) // 4 + 1).view(np.uint16)
+    keep = bits[:math.prod(shape)].reshape(shape) >= np.uint16(o.dropout * 2 ** 16)  # 16 random bits a number
+    return Batch(*fill_tiers(tiers, chunk.words, chunk.word_index), chunk.reset_state.view(np.uint8), target,
+                 negatives.astype(np.int32), *(q.astype(np.float32) for q in log_q),
+                 np.array(not_drawn, np.float32), keep.view(np.uint8))
 
-    # "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1), so
-    # that the loss is
-    #   -1/2N Σ_k (log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ..., t_N; Θx, ←Θ_LSTM, Θs))
-    def loss_of(W, b, state, chars, words, fresh, target, drawn, target_log_q, drawn_log_q, undrawn, keep):
-        """W [rows, projection] and b [rows], the softmax's touched rows; the rest is a `data.Batch` and the state."""
-        tokens = bilm.token_representations(chars, words, slots)  # [2, time, batch, projection]
-        state = state * (1 - fresh.astype(state.dtype)).reshape(-1, 1)  # [2, layers, batch, n] · [batch, 1]
-        keep = [ops.unstack(k) for k in ops.unstack(keep)] if o.dropout else None
-        outputs, state = bilm.contextualize(tokens, state, keep)
+
+def training_batches(run, corpus, tiers):
+    """The endless stream of (`Batch`, position of the text streams after it), from where the `Run` (part 10) stands."""
+    def make(step_and_chunk):
+        step, chunk = step_and_chunk
+        return make_batch(chunk, step, tiers, len(run.vocabulary), run.options, run.seed, rank), chunk.position
+
+    rank, size = run.workers.rank, run.workers.size
+    streams = Streams(corpus, run.vocabulary, run.options, run.seed, run.position, rank, size)
+    return prefetch(enumerate(streams, run.step), make)
+
+
+def make_loss(bilm, tiers):
+    """-> the function from a batch to its loss, and the LSTMs' state after it.
+
+    "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1): it is
+    -1/2N Σ_k (log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ..., t_N; Θx, ←Θ_LSTM, Θs)).
+    """
+    o = bilm.options
+
+    def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target, negatives, target_log_q,
+                negative_log_q, not_drawn, dropout):
+        """W [rows, projection], b [rows]: what the batch needs of Θs; target [2, n], negatives [2, N]: rows of them;
+        the rest as in `Batch`."""
+        x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
+        # bilm-tf carries states on for ever. A model trained like that need not learn to begin from the zero state from
+        # which every test and embedding begins; so here a stream begins from it where a chunk begins with a sentence.
+        # (Sentences that begin within a chunk inherit their state, as in bilm-tf.)
+        state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
+        masks = [ops.unstack(mask) for mask in ops.unstack(dropout)] if o.dropout else None
+        outputs, state = bilm.contextualize(x, state, masks=masks)
         loss = 0.0
-        for d in range(2):
-            y = drop(outputs[d][-1], keep[-1][d], o.dropout) if o.dropout else outputs[d][-1]
-            # += and not +: what is done in place keeps its order, without which the step takes half as long again.
-            loss += loss_scale / 2 * softmax_loss(y.reshape(-1, o.projection), W, b, target[d], drawn[d],
-                                                  target_log_q[d], drawn_log_q[d], undrawn[d])
+        for d in (0, 1):
+            y = drop(outputs[d][-1], masks[-1][d], o.dropout) if o.dropout else outputs[d][-1]
+            # In place, and so one direction after the other: else the logits of both would take memory at once.
+            loss += loss_scale / 2 * sampled_softmax(y.reshape(-1, o.projection), W, b, target[d], negatives[d],
+                                                     target_log_q[d], negative_log_q[d], not_drawn[d])
         return loss, state
 
-    gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
-    all_reduce = ops.AllReduce() if workers > 1 else None
+    return loss_of
 
-    def mean(x):
-        x = x / (workers * loss_scale)
-        return all_reduce(x) if workers > 1 else x
 
-    @ms.jit
-    def step(state, W, b, W_sum, b_sum, *batch):
-        (loss, state), ((dW, db), grads) = gradient(W, b, state, *batch)
-        if workers * loss_scale != 1:
-            loss, dW, db, grads = mean(loss.reshape(1))[0], mean(dW), mean(db), [mean(g) for g in grads]
-        # As in bilm-tf the gradient is that of unroll_steps · loss, its global norm clipped to all_clip_norm_val.
+def make_update(run, tiers):
+    """-> a training step as one static graph: loss, gradient, clipping, Adagrad.
+
+    Of Θs and its accumulators it takes only the rows of the batch's classes, in the order of `make_step`'s list of
+    classes. There a class may stand more than once: rows [n] says which of its places is used, and gets its gradient;
+    in the end its new row is copied to all of them.
+    """
+    o, workers = run.options, run.workers
+    loss_scaler = run.loss_scaler  # of float16, else None
+    weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
+    gradient, adagrad = ms.value_and_grad(make_loss(run.bilm, tiers), (0, 1), weights, has_aux=True), ops.ApplyAdagrad()
+
+    @compiled
+    def update(state, rows, W, b, W_sum, b_sum, chars, word_index, reset_state, target, negatives, *rest):
+        loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale_value
+        n, n_negatives = target.size, negatives.size
+        first = n_negatives + workers.rank * n  # after the negatives come each worker's targets
+        target, negatives = rows[first:first + n].reshape(2, -1), rows[:n_negatives].reshape(2, -1)
+        (loss, new_state), ((dW, db), grads) = gradient(W, b, state, loss_scale, chars, word_index, reset_state, target,
+                                                        negatives, *rest)
+        loss, dW, db, *grads = workers.mean((loss.reshape(1), dW, db, *grads))
+        if loss_scaler is not None:
+            loss, dW, db, *grads = [g / loss_scale for g in (loss, dW, db, *grads)]
+        # The gradient is that of unroll_steps · loss (bilm-tf), clipped by its norm over all parameters together.
         norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
         scale = o.unroll_steps * o.all_clip_norm_val / ops.maximum(norm, ops.full_like(norm, o.all_clip_norm_val))
-        # Adagrad: sum += g², w -= lr · g / √sum
+        if loss_scaler is not None:  # a step that overflows changes nothing but the scale
+            finite = ops.isfinite(norm)
+            loss_scaler.adjust(finite)
+            dW, db, *grads = [ops.where(finite, g, ops.zeros_like(g)) for g in (dW, db, *grads)]
+            scale, new_state = ops.where(finite, scale, 0.0), ops.where(finite, new_state, state)
+        # Adagrad: sum += g², w -= learning rate · g / √sum
         for w, total, g in zip(weights, accumulators, grads):
-            adagrad(w, total, lr, scale * g)
+            adagrad(w, total, o.learning_rate, scale * g)
         W_sum, b_sum = W_sum + ops.square(scale * dW), b_sum + ops.square(scale * db)
-        W, b = W - lr * scale * dW / ops.sqrt(W_sum), b - lr * scale * db / ops.sqrt(b_sum)
-        return loss, norm, state, W, b, W_sum, b_sum
+        W = W - o.learning_rate * scale * dW / ops.sqrt(W_sum)
+        b = b - o.learning_rate * scale * db / ops.sqrt(b_sum)
+        return loss[0], norm, new_state, [ops.gather(x, rows, 0) for x in (W, b, W_sum, b_sum)]
+
+    return update
+
+
+def make_step(run, tiers):
+    """-> a function that does one training step with a `Batch` and returns its loss and its gradient's norm, tensors
+    that the device may still be computing."""
+    update = make_update(run, tiers)
+
+    def step(batch):
+        batch = Batch(*map(Tensor, batch))
+        # The rows of the batch's classes are read and written outside of the graph, which would copy the whole tables.
+        classes = ops.concat((batch.negatives.reshape(-1), run.workers.gather(batch.target).reshape(-1)))
+        touched, rows = [ops.gather(table, classes, 0) for table in run.tables], run.row_of_class(classes)
+        loss, norm, run.lstm_state, touched = update(run.lstm_state, rows, *touched, *batch)
+        for table, new in zip(run.tables, touched):
+            ops.scatter_update(table, classes, new)
+        return loss, norm
 
     return step
 
@@ -730,371 +675,49 @@ def sum_of_squares(x):
     return ops.square(x.reshape(x.shape[0], -1)).sum(1).sum()  # one axis at a time: several are many times slower
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 9. A run and its checkpoints
-# ---------------------------------------------------------------------------------------------------------
-
-
-class Workers:
-    """The processes that msrun started together (data parallelism), each with its own rows of every batch, as if they
-    were one device with `size` times the rows. Without msrun, there is one."""
-
-    def __init__(self):
-        self.rank, self.size = 0, 1
-        if "MS_ROLE" in os.environ:  # msrun's
-            from mindspore import communication
-            os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", "86400")  # seconds to wait while worker 0 tests
-            communication.init()
-            self.rank, self.size = communication.get_rank(), communication.get_group_size()
-
-    def gather(self, x):
-        """x of each worker, [size, *x.shape]."""
-        return (ops.AllGather()(x) if self.size > 1 else x).reshape(self.size, *x.shape)
-
-    def any(self, condition):
-        """Whether it holds for any worker."""
-        return bool(self.gather(Tensor([float(bool(condition))])).asnumpy().any() if self.size > 1 else condition)
-
-
-class Run:
-    """All that a training run consists of: the model, Adagrad's accumulators, and where it stands."""
-
-    def __init__(self, options, classes, seed=0, amp=None, workers=None):
-        self.options, self.workers = options, workers or Workers()
-        self.bilm, self.softmax = BiLM(options, seed=seed, amp=amp), Softmax(classes, options.projection, seed)
-        self.accumulators = ms.ParameterTuple([accumulator(p) for p in self.bilm.trainable_params()])
-        self.tables = [self.softmax.W, self.softmax.b, accumulator(self.softmax.W), accumulator(self.softmax.b)]
-        self.lstm_state = zero_state(options, options.batch_size)
-        self.step, self.best, self.losses = 0, math.inf, []
-        self.position = None  # in the data, see data.Rows
-
-    def advance(self, step, rows, batch):
-        """One training step on a batch, `step` being `make_step`'s graph. InputError where it is not finite."""
-        rows = Tensor(rows)
-        touched = [ops.gather(table, rows, 0) for table in self.tables]
-        loss, norm, state, *touched = step(self.lstm_state, *touched, *map(Tensor, batch))
-        loss, norm = float(loss.asnumpy()), float(norm.asnumpy())
-        if not math.isfinite(loss + norm):
-            raise InputError(f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm}; this step is not "
-                             "saved, earlier checkpoints are good; train with a lower --lr")
-        for table, new in zip(self.tables, touched):
-            ops.scatter_update(table, rows, new)
-        self.step, self.lstm_state = self.step + 1, state
-        self.losses.append(loss)
-
-    def parameters(self):
-        return [*self.bilm.get_parameters(), *self.accumulators, *self.tables]
-
-    def save(self, folder, is_best):
-        """Writes step-N.npz, keeps the last two of these, and the best as best.npz. Worker 0 does it for all."""
-        states = self.workers.gather(self.lstm_state).asnumpy()
-        if self.workers.rank:
-            return
-        about = {"step": self.step, "position": self.position, "best": self.best, "losses": self.losses,
-                 "lstm_states": states}
-        # The best first: after a crash between the two, this epoch ends again and is the best again.
-        for name in ["best.npz"] * is_best + [f"step-{self.step}.npz"]:
-            write_npz(os.path.join(folder, name), itertools.chain(
-                (("run/" + key, value) for key, value in about.items()),
-                ((published_name(p), p.asnumpy()) for p in self.parameters())))
-        for old in checkpoints(folder)[:-2]:
-            os.remove(old)
-
-    def resume(self, folder):
-        """Takes over the last checkpoint that is whole; where there is none yet, the run begins."""
-        for path in reversed(checkpoints(folder)):
-            try:
-                about = load_npz(path, self.parameters(), ("step", "best", "losses", "position", "lstm_states"))
-            except InputError as error:
-                print(f"{error}; trying the one before", flush=True)
-                continue
-            step, best, losses, self.position, states = about
-            self.step, self.best, self.losses = int(step), float(best), list(losses)
-            self.lstm_state = Tensor(states[self.workers.rank])
-            return
-        if checkpoints(folder):
-            raise InputError(f"{folder}: all of its checkpoints are damaged; train into another --out")
-
-
-def load_npz(path, parameters, about=()):
-    """Reads parameters from a checkpoint -> the arrays of these names about the run. InputError where it is of no use.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if arrays.zip.testzip():  # numpy does not compare all checksums
-                raise ValueError("a checksum is wrong")
-            for p in parameters:
-                p.set_data(Tensor(np.asarray(arrays[published_name(p)], np.float32).reshape(p.shape)))
-            return [arrays["run/" + name] for name in about]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; train with --out {os.path.dirname(path)} first") from None
-    except Exception as error:  # whatever numpy and zipfile raise, each with errors of its own
-        raise InputError(f"{path}: damaged, or not a checkpoint of this model ({error!r:.200})") from None
-
-
-def accumulator(p):
-    """Adagrad's sum of squares for a parameter, 1 at first as in bilm-tf."""
-    return Parameter(ops.ones_like(p), name="adagrad/" + published_name(p), requires_grad=False)
-
-
-def zero_state(options, batch):
-    return ops.zeros((2, options.n_layers, batch, options.projection + options.dim), ms.float32)
-
-
-def write_npz(path, arrays):
-    """Writes (name, array) pairs one by one."""
-    with written(path) as draft, open(draft, "wb") as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            for name, array in arrays:
-                with archive.open(name + ".npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def written(path):
-    """A name to write a file under; in the end it takes its place at `path`, whole, or, after an error, goes away."""
-    draft = path + ".part"
-    try:
-        yield draft
-        os.replace(draft, path)
-    except OSError as error:
-        if error.filename not in (None, draft, path):
-            raise
-        raise InputError(f"{path}: could not be written ({error.strerror or str(error).splitlines()[0]}); is the disk "
-                         "full? What was written before is intact") from None
-    finally:
-        if os.path.exists(draft):
-            os.remove(draft)
-
-
-def checkpoints(folder):
-    """The paths of a run's checkpoints, oldest first."""
-    found = [re.fullmatch(r"step-(\d+)\.npz", name) for name in os.listdir(folder)]
-    return [os.path.join(folder, match[0]) for match in sorted(filter(None, found), key=lambda match: int(match[1]))]
-
-
-def open_model(args, with_softmax=True):
-    """The model of --options and --weights, or the best of the training run in --out -> its `BiLM`, `Softmax` and
-    `Vocabulary` (the last two None where they are not asked for)."""
-    published = args.weights and args.command != "export"
-    if published:
-        options, vocabulary = args.options, args.vocab
-    elif os.path.isdir(args.out):
-        options, vocabulary = (os.path.join(args.out, name) for name in ("options.json", "vocab"))
-    else:
-        raise InputError(f"{args.out}: no such folder; train with --out {args.out} first")
-    bilm = BiLM(read_options(options))
-    vocabulary = Vocabulary(vocabulary) if with_softmax else None
-    softmax = Softmax(len(vocabulary), bilm.options.projection) if with_softmax else None
-    cells = [bilm, softmax] if with_softmax else [bilm]
-    if published:
-        for cell in cells:
-            load_weights(args.weights, cell)
-    else:
-        load_npz(os.path.join(args.out, "best.npz"), [p for cell in cells for p in cell.get_parameters()])
-    return bilm, softmax, vocabulary
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 10. Train, test, embed
-# ---------------------------------------------------------------------------------------------------------
-
-
 def train(args):
-    """Trains a biLM (section 3.4 and bilm-tf's training) or, with --weights, trains one further, "fine tuning the biLM
-    on domain specific data" (3.4)."""
-    workers = Workers()
-    options, about, corpus, heldout = training_inputs(args, workers)
-    run = Run(options, options.n_tokens_vocab, about["seed"], args.amp, workers)
-    softmax_is_new = False
-    if args.weights and not (args.resume and checkpoints(args.out)):
-        load_weights(args.weights, run.bilm)
-        softmax_is_new = not load_weights(args.weights, run.softmax, optional=True)
-    with contextlib.redirect_stdout(None if workers.rank else sys.stdout), stop_signals() as signals:
-        if workers.rank == 0:
-            prepare_folder(args, as_json(options, **about))
-        if args.resume:
-            run.resume(args.out)
-            print(f"{args.out}: resuming after step {run.step:,}", flush=True)
-        print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {options.n_tokens_vocab:,} words; "
-              f"{sum(p.size for p in run.bilm.get_parameters()):,} parameters and "
-              f"{run.softmax.W.size + run.softmax.b.size:,} of the softmax", flush=True)
-        if softmax_is_new:
-            print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
-        if args.weights and heldout and not run.step:
-            print(f"before training: held-out {perplexities(run.bilm, run.softmax, heldout)}", flush=True)
-        train_steps(args, run, corpus, heldout, about["seed"], signals)
-
-
-def train_steps(args, run, corpus, heldout, seed, signals):
-    """The steps of a run from where it stands to its end, or to a signal. The loss printed is the sampled one, which
-    flatters; the held-out perplexities at the end of each epoch are those of the full softmax."""
+    """Trains a biLM (section 3.4) or, with --weights, trains one further: "fine tuning the biLM on domain specific
+    data" (3.4). The loss is the sampled one, lower than that of all words; the held-out perplexities are of all words.
+    """
+    run, corpus, heldout = open_run(args)  # part 10: options, text and weights, and where a resumed run stands
     o, workers = run.options, run.workers
-    window = o.batch_size * o.unroll_steps * workers.size
-    predictions = corpus.tokens + corpus.sentences  # a sentence of n tokens has n + 1 in each direction
-    end = o.n_epochs * predictions // window
-    end = min(end, args.steps or end)
-    if run.step >= end:
-        return print("all steps are done; --epochs N trains further")
-    print(f"{end:,} steps of {window:,} tokens; compiling the training step", flush=True)
-    log = Log(None if workers.rank else args.out, run, window)
-    slots = Slots.measure(Rows(corpus, o, seed), o)
-    step = make_step(run.bilm, run.accumulators, slots, workers.size, LOSS_SCALE[args.amp])
-    for rows, batch, run.position in ahead(training_batches(
-            corpus, slots, o.n_tokens_vocab, o, seed, run.step, run.position, workers.rank, workers.size)):
-        run.advance(step, rows, batch)
-        log.tick()
-        stopping, is_best = workers.any(signals), False
-        epoch = -(-run.step * window // predictions)  # rounded up: the one that this step belongs to
-        epoch_is_over = run.step in (end, epoch * predictions // window)
-        if epoch_is_over or run.step % args.log_every == 0:
-            scores = perplexities(run.bilm, run.softmax, heldout) if epoch_is_over and heldout else None
-            log.line(epoch, end, scores)
-            is_best = epoch_is_over and (scores is None or scores.average < run.best)
-            run.best = scores.average if is_best and scores else run.best
-        if epoch_is_over or stopping or args.save_every and run.step % args.save_every == 0:
-            run.save(args.out, is_best)
-        if run.step == end:
-            return
-        if stopping:
-            return print(f"stopped after step {run.step:,}, which is saved; to go on: python "
-                         f"{shlex.join(args.argv)}{'' if args.resume else ' --resume'}", flush=True)
-        log.go_on()
+    tokens_per_step = o.batch_size * o.unroll_steps * workers.size
+    n_predictions = corpus.tokens + corpus.sentences  # a sentence of n tokens has n + 1 in each direction
+    epoch_ends = [epoch * n_predictions // tokens_per_step for epoch in range(1, o.n_epochs + 1)]
+    n_steps = min(epoch_ends[-1], args.steps or epoch_ends[-1])
+    if run.step >= n_steps:
+        print("all steps are done; --epochs N trains further")
+        return
+    print(f"{n_steps:,} steps of {tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-
-def training_inputs(args, workers):
-    """Reads and checks what training needs -> options, what else the run consists of, corpus, held-out corpus (or None;
-    worker 0 tests). With --resume, the options, seed, type of products, weights and vocabulary that the command line
-    leaves open are as they were."""
-    begun = {}
-    if args.resume:
-        path = os.path.join(args.out, "options.json")
-        if not os.path.isfile(path):
-            raise InputError(f"{args.out}: no run to resume; leave out --resume to begin one")
-        begun = read_json(path)
-        seed, amp, weights = (look_up(begun, "run." + key) for key in ("seed", "amp", "weights"))
-        if not (is_valid(seed, 0, (0, 1 << 40)) and amp in [*LOSS_SCALE] and isinstance(weights, (str, type(None)))):
-            raise InputError(f"{path}: damaged; train into another --out")
-        args.options = args.options or (None if args.size else path)
-        args.amp, args.weights = args.amp or amp, args.weights or weights
-    options = read_options(args.options) if args.options else SIZES[args.size or "original"]
-    given = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "n_epochs")}
-    options = replace(options, **{name: value for name, value in given.items() if value is not None})
-    vocabulary = Vocabulary(args.vocab)
-    corpus = open_corpus(args.data, vocabulary)
-    heldout = open_corpus(args.heldout, vocabulary) if args.heldout and workers.rank == 0 else None
-    needed, words = options.batch_size * options.unroll_steps * workers.size, len(vocabulary)
-    if corpus.tokens + corpus.sentences < needed:
-        raise InputError(f"{args.data}: {corpus.tokens:,} tokens in {corpus.sentences:,} sentences are less than one "
-                         f"batch of {options.batch_size * workers.size} × {options.unroll_steps} = {needed:,}; add "
-                         "text, or lower --batch-size")
-    if options.sample_softmax and options.n_negative_samples_batch > words:
-        raise InputError(f"{args.vocab}: {words:,} words are fewer than n_negative_samples_batch, "
-                         f'{options.n_negative_samples_batch:,}; lower it, or set "sample_softmax" to false')
-    if options.n_tokens_vocab not in (0, words):
-        print(f"{args.options}: n_tokens_vocab is {options.n_tokens_vocab:,}, but {args.vocab} has {words:,} words, "
-              "which decides", flush=True)
-    identity = lambda c: c and f"{c.sentences:,} sentences, {c.tokens:,} tokens, checksum {c.checksum:08x}"
-    about = {"seed": look_up(begun, "run.seed") or 0 if args.seed is None else args.seed, "workers": workers.size,
-             "amp": args.amp, "vocabulary": vocabulary.fingerprint, "data": identity(corpus),
-             "heldout": identity(heldout), "weights": args.weights and os.path.realpath(args.weights)}
-    return replace(options, n_tokens_vocab=words), about, corpus, heldout
-
-
-def prepare_folder(args, content):
-    """Makes the folder of a new run, or checks that the one to be resumed is this very run."""
-    path = os.path.join(args.out, "options.json")
-    os.makedirs(args.out, exist_ok=True)
-    if not args.resume:
-        if set(os.listdir(args.out)) - {"options.json.part"}:  # the first file that is written here
-            raise InputError(f"{args.out}: is not empty; give another --out, or --resume to go on with its run")
-    else:
-        begun = read_json(path)
-        for place in [f.metadata["place"] for f in fields(Options)] + ["run." + key for key in content["run"]]:
-            old, new = look_up(begun, place), look_up(content, place)
-            if old != new and place != "n_epochs":
-                raise InputError(f"{args.out}: its run has {place} {old!r:.80}, not {new!r:.80}; resume it as it was "
-                                 "begun, or train into another --out")
-        for name in os.listdir(args.out):
-            if name.endswith(".part"):  # of a run that was killed
-                os.remove(os.path.join(args.out, name))
-    write_json(path, content)
-    vocabulary = os.path.join(args.out, "vocab")
-    if not os.path.exists(vocabulary):
-        with written(vocabulary) as draft, open(args.vocab, "rb") as source, open(draft, "wb") as file:
-            shutil.copyfileobj(source, file)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """A list that SIGINT and SIGTERM add to, instead of ending the program; the next one ends it."""
-    received = []
-
-    def note(number, frame):
-        received.append(signal.Signals(number).name)
-        print(f"{received[-1]}: stopping after this step", file=sys.stderr, flush=True)
-        restore()
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        restore()
-
-
-def open_corpus(path, vocabulary):
-    corpus = Corpus(path)
-    if corpus.fingerprint != vocabulary.fingerprint:
-        raise InputError(f"{path}: made with another vocabulary; give that one as --vocab, or convert the text again")
-    return corpus
-
-
-class Log:
-    """A training run's log: lines on the console, rows in log.csv."""
-    COLUMNS = "step,epoch,loss,tokens_per_second,heldout_forward,heldout_backward,heldout_average"
-
-    def __init__(self, folder, run, window):
-        self.run, self.window, self.steps, self.seconds, self.last = run, window, 0, 0.0, None
-        self.path, rows = os.path.join(folder, "log.csv") if folder else os.devnull, [self.COLUMNS + "\n"]
-        if os.path.isfile(self.path):  # the run is resumed: what came after its checkpoint comes again
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                found = (re.match(r"(\d{1,18}),.*\n", row) for row in file)
-                rows += [match[0] for match in found if match and int(match[1]) <= run.step]
-        if folder:
-            with written(self.path) as draft, open(draft, "w", encoding="utf-8") as file:
-                file.writelines(rows)
-
-    def tick(self):
-        """Counts a step and its time; not the first step, which is compiled meanwhile."""
-        if self.last is not None:
-            self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - self.last
-
-    def go_on(self):
-        """The next step begins now; what was done since the last, a test perhaps, does not count."""
-        self.last = time.perf_counter()
-
-    def line(self, epoch, end, scores):
-        """One line on the console and one row in log.csv, with the mean loss since the last."""
-        step, loss, speed, left = self.run.step, np.mean(self.run.losses), "", ""
-        if self.steps:
-            speed = f"{self.window * self.steps / self.seconds:.0f}"
-            left = f"{int(speed):,} tokens/s  {math.ceil(self.seconds / self.steps * (end - step) / 60)} min left"
-        print(f"step {step:,} of {end:,}  epoch {epoch}  sampled loss {loss:.4f}  {left}", flush=True)
-        heldout = f"{scores.forward:.4f},{scores.backward:.4f},{scores.average:.4f}" if scores else ",,"
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"{step},{epoch},{loss:.6f},{speed},{heldout}\n")
-        except OSError as error:
-            raise InputError(f"{self.path}: {error.strerror}; mend that, and go on with --resume") from None
-        if scores:
-            print(f"epoch {epoch}: held-out {scores}", flush=True)
-        self.run.losses, self.steps, self.seconds = [], 0, 0.0
+    tiers = measure_tiers(itertools.islice(Streams(corpus, run.vocabulary, o, run.seed), 20), run.bilm.encoder.widest)
+    step = make_step(run, tiers)
+    perplexity = Perplexity(run.bilm, run.softmax, run.vocabulary, heldout, workers) if heldout else None
+    batches = training_batches(run, corpus, tiers)
+    with stop_signals() as signals, contextlib.closing(batches):
+        for batch, position in batches:
+            loss, norm = step(batch)  # forward and backward, clipping, Adagrad
+            run.step, run.position = run.step + 1, position
+            run.losses.append((loss, norm))
+            epoch = bisect.bisect_left(epoch_ends, run.step) + 1
+            test_is_due = run.step in epoch_ends or run.step == n_steps
+            log_is_due = test_is_due or run.step % args.log_every == 0
+            is_best = False
+            if log_is_due:
+                run.log_loss(args.out, epoch, n_steps, tokens_per_step)  # waits for the device
+            if test_is_due:
+                is_best = run.log_perplexities(args.out, epoch, perplexity and perplexity())
+            # Other workers are asked now and then: asking takes time.
+            stopping = bool(signals) if workers.size == 1 else log_is_due and workers.any(signals)
+            if test_is_due or stopping or args.save_every and run.step % args.save_every == 0:
+                run.save(args.out, is_best)
+            if stopping or run.step == n_steps:
+                break
+            if log_is_due or run.clock is None:  # the compilation of the first step is not timed, nor are tests
+                run.clock = run.step, time.perf_counter()
+    if run.step < n_steps:
+        print(f"stopped after step {run.step:,}, which is saved; to go on: python {shlex.join(args.argv)}"
+              f"{'' if args.resume else ' --resume'}", flush=True)
 
 
 class Perplexities(NamedTuple):
@@ -1108,257 +731,769 @@ class Perplexities(NamedTuple):
                 f"over {self.predictions} predictions")
 
 
-def perplexities(bilm, softmax, corpus):
-    """The perplexities of held-out text under the full softmax, every prediction counted once."""
-    o, total, count = bilm.options, np.zeros(2), 0
-    slots, state = Slots.measure(Rows(corpus, o), o), zero_state(o, o.batch_size)
-    losses = make_losses(bilm, softmax, slots)
-    for words, place, target, real in ahead(Rows(corpus, o)):
-        loss, state = losses(state, *map(Tensor, slots.fill(words, place)), Tensor(target))
-        total += loss.asnumpy().astype(np.float64)[:, real.reshape(-1)].sum(1)
-        count += int(real.sum())
-    with np.errstate(over="ignore"):  # of a model that has gone astray
-        return Perplexities(*np.exp([*total / count, total.sum() / (2 * count)]).tolist(), count)
+class Perplexity:
+    """Measures the perplexities of a corpus under the full softmax, every prediction counted once, without dropout.
+    Several workers share the corpus."""
+
+    def __init__(self, bilm, softmax, vocabulary, corpus, workers):
+        self.options, self.workers = bilm.options, workers
+        self.streams = lambda **share: Streams(corpus, vocabulary, bilm.options, **share)
+        self.tiers = tiers = measure_tiers(itertools.islice(self.streams(), 20), bilm.encoder.widest)
+
+        @compiled
+        def losses(state, chars, word_index, target):
+            """-log p of a chunk's predictions, [2, time · batch]."""
+            x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
+            outputs, state = bilm.contextualize(x, state)
+            return ops.stack([softmax(y[-1].reshape(-1, y[-1].shape[-1]), target[d].reshape(-1))
+                              for d, y in enumerate(outputs)]), state
+
+        self.losses = losses
+
+    def __call__(self):
+        # As in bilm-tf the state of a stream is carried on from sentence to sentence.
+        total, n, state = np.zeros(2), 0, zero_state(self.options, self.options.batch_size)
+        chunks = self.streams(rank=self.workers.rank, size=self.workers.size)
+        for inputs, target, valid in prefetch(chunks, lambda chunk: (
+                fill_tiers(self.tiers, chunk.words, chunk.word_index), chunk.target, chunk.valid)):
+            loss, state = self.losses(state, *map(Tensor, inputs), Tensor(target))
+            total += loss.asnumpy().astype(np.float64)[:, valid.reshape(-1)].sum(1)
+            n += int(valid.sum())
+        *total, n = self.workers.sum([*total, n])
+        with np.errstate(over="ignore"):  # inf for a model that has diverged
+            return Perplexities(*np.exp([total[0] / n, total[1] / n, sum(total) / (2 * n)]).tolist(), int(n))
 
 
-@functools.lru_cache(maxsize=1)  # one compilation serves all tests of a run
-def make_losses(bilm, softmax, slots):
-    """A window's -log p of every prediction, [2, time · batch], as one static graph."""
-    @ms.jit
-    def losses(state, chars, words, target):
-        tokens = bilm.token_representations(chars, words, slots)
-        outputs, state = bilm.contextualize(tokens, state)
-        losses = [softmax(y[-1].reshape(-1, y[-1].shape[-1]), target[d].reshape(-1)) for d, y in enumerate(outputs)]
-        return ops.stack(losses), state
-
-    return losses
-
-
-def test(args):
-    """Prints the perplexities of held-out text."""
-    bilm, softmax, vocabulary = open_model(args)
-    print(perplexities(bilm, softmax, open_corpus(args.data, vocabulary)))
-
+# ---- 8. Embedding files of sentences ---------------------------------------------------------------------------------
 
 class Embedder:
     """The biLM's layers for any sentences: the same sentence always gets the same vectors.
 
-    Sentences are read side by side, one a row, a window at a time; where one has ended, the next window begins the
-    next. The shapes are fixed, so that little is compiled, and each distinct word is encoded once.
+    Sentences are read side by side, one a row, a few time steps at once; where one ends, the row's next begins. The
+    shapes are fixed, so that little is compiled, and each distinct word is encoded once.
     """
-    ROWS, TIME = 256, 4  # of a window: short, since sentences leave the rest of their last one empty
-    WORDS = 1 << 17      # so many word representations are kept for the next call
-    CHUNK = 512          # words that are encoded at once
+    ROWS, TIME = 256, 4  # few time steps, since a sentence leaves the rest of its last ones empty
+    MAX_WORDS = 1 << 17  # word representations that are kept for the next call
+    WORDS = 512          # that are encoded at once
+    TIERS = ((384, 14), (128, MAX_CHARS))
 
     def __init__(self, bilm):
         self.options, self.index = bilm.options, {}
-        self.vectors = np.empty((0, bilm.options.projection), np.float32)
-        few = self.CHUNK // 4  # long words
-        self.slots = Slots(((self.CHUNK - few, min(14, MAX_CHARS - bilm.encoder.width)), (few, MAX_CHARS)))
+        self.x = np.empty((0, bilm.options.projection), np.float32)  # representations of the words in index
+        short, whole = self.TIERS
+        is_short = short[1] + bilm.encoder.widest <= MAX_CHARS
+        self.tiers = tiers = (short, whole) if is_short else ((self.WORDS, MAX_CHARS),)
 
-        @ms.jit
-        def encode(chars, words):
-            return bilm.token_representations(chars, words, self.slots)
+        @compiled
+        def encode(chars):
+            return bilm.encoder(chars, tiers)
 
-        @ms.jit
-        def read(x, fresh, state):
-            outputs, state = bilm.contextualize(x, state * (1 - fresh).reshape(-1, 1))
+        @compiled
+        def read(x, begins, state):
+            outputs, state = bilm.contextualize(x, state * (1 - begins.astype(state.dtype)).reshape(-1, 1))
             return ops.stack([ops.stack(layers) for layers in outputs]), state  # [2, layers, time, rows, projection]
 
         self.encode, self.read = encode, read
 
     def __call__(self, sentences):
         """Lists of words -> a list of float32 [layers + 1, words, 2 · projection], h_0 ... h_L of equation 1."""
-        layers, size = self.options.n_layers, self.options.projection
-        ids = self.number_words([["<S>", *words, "</S>"] for words in sentences])
-        results = [np.empty((layers + 1, len(n) - 2, 2 * size), np.float32) for n in ids]
-        waiting = sorted((k for k, words in enumerate(sentences) if words), key=lambda k: len(ids[k]))
-        rows, state = [None] * self.ROWS, zero_state(self.options, self.ROWS)  # a row: sentence and position
-        while waiting or any(rows):
-            rows = [row or ((waiting.pop(), 0) if waiting else None) for row in rows]  # the longest first
-            reading = [(r, *row) for r, row in enumerate(rows) if row]
-            place, fresh = np.zeros((2, self.TIME, self.ROWS), np.int64), np.zeros(self.ROWS, np.float32)
-            for r, k, start in reading:
-                fresh[r] = start == 0
-                for d, n in enumerate((ids[k], ids[k][::-1])):
-                    window = n[start:start + self.TIME]
-                    place[d, :len(window), r] = window
-            outputs, state = self.read(Tensor(self.vectors[place]), Tensor(fresh), state)
-            outputs = outputs.asnumpy()
-            # At its position p the backward direction has read the token n + 1 - p of n.
-            for r, k, start in reading:
-                n, end = len(ids[k]) - 2, start + self.TIME
-                here = np.arange(max(start, 1), min(end, n + 1))  # without <S> and </S>
-                results[k][1:, here - 1, :size] = outputs[0, :, :, r][:, here - start]
-                results[k][1:, n - here, size:] = outputs[1, :, :, r][:, here - start]
-                rows[r] = (k, end) if end <= n else None
-        for n, result in zip(ids, results):
-            result[0] = np.tile(self.vectors[n[1:-1]], 2)
-        return results
+        n_layers, size = self.options.n_layers, self.options.projection
+        text = [["<S>", *words, "</S>"] for words in sentences]
+        ends = np.cumsum([0, *map(len, text)])
+        x = self.x_of(list(itertools.chain.from_iterable(text)))  # [tokens, projection], of all sentences
+        layers = np.empty((n_layers + 1, len(x), 2 * size), np.float32)
+        layers[0] = np.tile(x, 2)
+        place, state = self.schedule(ends), zero_state(self.options, self.ROWS)
+        begins = np.zeros(len(x) + 1, np.uint8)
+        begins[ends[:-1]] = 1
+        for t in with_progress(range(0, place.shape[1], self.TIME), lambda n, seconds: (
+                f"reading: {n * self.TIME:,} of {place.shape[1]:,} time steps, {seconds:.0f} s")):
+            now = place[:, t:t + self.TIME]  # [2, time, rows]
+            outputs, state = self.read(Tensor(x[now]), Tensor(begins[now[0, 0]]), state)
+            for direction, h in enumerate(outputs.asnumpy()):
+                filled = now[direction] >= 0
+                layers[1:, now[direction][filled], direction * size:(direction + 1) * size] = h[:, filled]
+        return [layers[:, begin + 1:end - 1] for begin, end in zip(ends, ends[1:])]
 
-    def number_words(self, sentences):
-        """Each sentence's words as rows of `vectors`, int [words]; words not seen before are encoded."""
-        if len(self.index) > self.WORDS:
-            self.index, self.vectors = {}, self.vectors[:0]
+    def schedule(self, ends):
+        """Which token each row reads at each time step, int [2, time, rows], -1 for none; direction 1 reads each
+        sentence from its end. The longest sentences come first, each in the row that is free first."""
+        lengths, free, starts = np.diff(ends), [(0, row) for row in range(self.ROWS)], []
+        for k in np.argsort(-lengths, kind="stable"):
+            if lengths[k] > 2:  # not only <S> and </S>
+                t, row = heapq.heappop(free)
+                starts.append((t, row, k))
+                heapq.heappush(free, (t + -(-lengths[k] // self.TIME) * self.TIME, row))
+        place = np.full((2, max(free)[0], self.ROWS), -1, np.int32)
+        for t, row, k in starts:
+            tokens = np.arange(ends[k], ends[k + 1])
+            place[:, t:t + len(tokens), row] = tokens, tokens[::-1]
+        return place
+
+    def x_of(self, words):
+        """x_k of words, [words, projection]; those not seen before are encoded."""
+        if len(self.index) > self.MAX_WORDS:
+            self.index, self.x = {}, self.x[:0]
         known = len(self.index)
-        ids = [np.array([self.index.setdefault(word, len(self.index)) for word in words]) for words in sentences]
-        new = list(itertools.islice(self.index, known, None))
-        vectors = [self.vectors]
-        for k in range(0, len(new), self.CHUNK):
-            some = new[k:k + self.CHUNK]
-            place = np.arange(self.CHUNK) % len(some)  # always as many: another number would be compiled anew
-            vectors.append(self.encode(*map(Tensor, self.slots.fill(some, place))).asnumpy()[:len(some)])
-        self.vectors = np.concatenate(vectors)
-        return ids
+        rows = [self.index.setdefault(word, len(self.index)) for word in words]
+        new, x = list(itertools.islice(self.index, known, None)), [self.x]
+        for k in range(0, len(new), self.WORDS):
+            some = new[k:k + self.WORDS]
+            chars, row = fill_tiers(self.tiers, some, np.arange(len(some)))
+            x.append(self.encode(Tensor(chars)).asnumpy()[row])
+        self.x = np.concatenate(x)
+        return self.x[rows]
 
 
 def embed(args):
     """Writes the vectors of a file of sentences, one array for each line: '0', '1', ..."""
-    if not args.input or not args.output or not args.output.endswith((".npz", ".hdf5")):
-        raise InputError("embed needs --input FILE and --output FILE.npz (or .hdf5)")
-    refuse_existing(args.output, args.overwrite)
-    arrays = sentence_vectors(Embedder(open_model(args, with_softmax=False)[0]), args.input)
-    if args.output.endswith(".npz"):
-        write_npz(args.output, arrays)
-    else:
-        write_hdf5(args.output, arrays)
+    if not args.output.endswith((".npz", ".hdf5")):
+        raise InputError(f"{args.output}: the name must end in .npz or .hdf5")
+    check_outputs([args.output], [args.input, *model_files(args)], args.overwrite)
+    bilm, _, _ = open_model(args, with_softmax=False)
+    write_arrays(args.output, sentence_vectors(Embedder(bilm), args.input))
 
 
-def sentence_vectors(embedder, path, positions_at_once=1 << 15):
-    """Yields ("0", vectors of line 0), ... of a file of tokenized sentences, reading so many positions at a time."""
-    start, count, tokens, block, positions = time.perf_counter(), 0, 0, [], 0
-    with open(path, "rb") as file:  # bytes: no other character than \n ends a line
-        for line in itertools.chain(file, [None]):
-            if line is not None:
-                try:
-                    block.append(line.decode("utf-8").split())
-                except UnicodeDecodeError:
-                    raise InputError(f"{path}: line {count + len(block) + 1} is not UTF-8; convert it") from None
-                positions += len(block[-1]) + 2
-            if block and (line is None or positions >= positions_at_once):
-                for vectors in embedder(block):
-                    yield str(count), vectors
-                    count, tokens = count + 1, tokens + vectors.shape[1]
-                speed = tokens / (time.perf_counter() - start)
-                print(f"{count:,} sentences, {tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
-                block, positions = [], 0
-    if not count:
+def sentence_vectors(embedder, path, tokens_at_once=1 << 15):
+    """Yields ("0", vectors of line 0), ... of a file of tokenized sentences."""
+    start, n, n_tokens, block, size = time.perf_counter(), 0, 0, [], 0
+    for line in itertools.chain(open_text(path), [None]):
+        if line is not None:
+            block.append(line.split())
+            size += len(block[-1]) + 2
+        if block and (line is None or size >= tokens_at_once):
+            for vectors in embedder(block):
+                yield str(n), vectors
+                n, n_tokens = n + 1, n_tokens + vectors.shape[1]
+            speed = n_tokens / (time.perf_counter() - start)
+            print(f"{n:,} sentences, {n_tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
+            block, size = [], 0
+    if not n:
         raise InputError(f"{path}: is empty; give one sentence a line")
 
 
-def refuse_existing(path, overwrite):
-    if os.path.exists(path) and not (overwrite and os.path.isfile(path)):
-        raise InputError(f"{path}: exists; choose another name{' or say --overwrite' * os.path.isfile(path)}")
+# ---- 9. The file formats of bilm-tf and AllenNLP ---------------------------------------------------------------------
+
+JSON_KEYS = {"filters": "char_cnn.filters", "n_highway": "char_cnn.n_highway", "char_dim": "char_cnn.embedding.dim",
+             "activation": "char_cnn.activation", "n_layers": "lstm.n_layers", "dim": "lstm.dim",
+             "projection": "lstm.projection_dim", "use_skip_connections": "lstm.use_skip_connections",
+             "cell_clip": "lstm.cell_clip", "proj_clip": "lstm.proj_clip"}  # others have the name of the option
+VALID = {"n_highway": (0, 16), "char_dim": (1, 1024), "n_layers": (1, 16), "dim": (1, 65536), "projection": (1, 65536),
+         "n_epochs": (1, 1 << 20), "cell_clip": (0.01, 1e9), "proj_clip": (0.01, 1e9), "dropout": (0, 0.99),
+         "batch_size": (1, 65536), "unroll_steps": (1, 1024), "n_negative_samples_batch": (1, 1 << 24),
+         "all_clip_norm_val": (1e-9, 1e9), "learning_rate": (1e-9, 1e9), "n_tokens_vocab": (0, 1 << 30)}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 11. Command line
-# ---------------------------------------------------------------------------------------------------------
+def check_options(options):
+    """InputError where an option's value makes no sense."""
+    for f in fields(Options):
+        value, key = getattr(options, f.name), JSON_KEYS.get(f.name, f.name)
+        if f.name == "filters":
+            if not (isinstance(value, tuple) and value and all(
+                    isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair)
+                    and 1 <= pair[0] <= MAX_CHARS and 1 <= pair[1] <= 65536 for pair in value)):
+                raise InputError(f"{key} must be [[width, number], ...], a width 1 to {MAX_CHARS}")
+        elif f.name == "activation":
+            if value not in ("relu", "tanh"):
+                raise InputError(f"{key} is {value!r:.40}, but must be relu or tanh")
+        elif f.name in VALID:
+            low, high = VALID[f.name]
+            if not (type(value) is f.type or f.type is float and type(value) is int) or not low <= value <= high:
+                raise InputError(f"{key} is {value!r:.40}, but must be {f.type.__name__}, {low} to {high}")
+        elif type(value) is not bool:
+            raise InputError(f"{key} is {value!r:.40}, but must be true or false")
+    if options.projection > sum(n for _, n in options.filters):
+        raise InputError(f"lstm.projection_dim {options.projection} is more than there are filters")
 
 
-def value_of(name):
-    """The type of arguments that set the option of this name."""
-    default, valid = next((f.default, f.metadata["valid"]) for f in fields(Options) if f.name == name)
-
-    def parse(text):
-        value = type(default)(text)
-        if not is_valid(value, default, valid):
-            raise ValueError
-        return value
-
-    parse.__name__ = name  # argparse says it
-    return parse
+SIZES = {"tiny": Options(filters=((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), n_highway=1, dim=256, projection=64,
+                         n_negative_samples_batch=1024, learning_rate=0.1),  # 0.2 is too much for little text
+         "small": Options(n_highway=1, dim=1024, projection=128),
+         "medium": Options(n_highway=1, dim=2048, projection=256),
+         "original": Options()}
 
 
-def whole(text):
-    """The type of arguments that are 0 or more."""
-    return natural(text, 0)
+def read_options(path):
+    """The `Options` of a JSON file in bilm-tf's format; InputError where it cannot be used. What is about training may
+    be missing, since AllenNLP's files lack it, and takes bilm-tf's values."""
+    content, values = read_json(path), {}
+    for f in fields(Options):
+        key = JSON_KEYS.get(f.name, f.name)
+        value = look_up(content, key)
+        if value is not None:
+            values[f.name] = value
+        elif "." in key:
+            raise InputError(f"{path}: lacks {key}, which the model's shape depends on")
+    for key, known in (("char_cnn.max_characters_per_token", (MAX_CHARS,)), ("char_cnn.n_characters", (261, 262))):
+        if look_up(content, key) not in (None, *known):
+            raise InputError(f"{path}: {key} must be {known[0]}, as in every published model")
+    try:
+        values["filters"] = tuple(tuple(pair) for pair in values["filters"])
+    except TypeError:
+        pass  # check_options says what is wrong with it
+    try:
+        return Options(**values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
-def make_parser():
-    parser = ArgumentParser(
-        prog="elmo.py", description="Train ELMo's biLM, test it, embed sentences with it, or export its weights.")
-    add = parser.add_argument
-    add("command", nargs="?", default="train", choices=("train", "test", "embed", "export"),
-        help="train (the default); test: perplexity of held-out text; embed: vectors of sentences; "
-             "export: a run's weights as .hdf5")
-    add("--device", "--device_target", default="Ascend", choices=("Ascend", "CPU"), help="default: %(default)s")
-    add("--out", "--train_url", metavar="DIR", default="model",
-        help="folder of a training run: train writes it, the others read its best model (default: %(default)s)")
-    add("--vocab", "--vocab_path", metavar="FILE",
-        help="the vocabulary that data.py used (default: vocab; with --resume, the run's own)")
-    add("--options", "--options_path", metavar="FILE", help="options in the published JSON format")
-    add("--weights", metavar="FILE",
-        help="published weights, .hdf5. train: start from them; test, embed: use them, with --options, instead of "
-             "--out; export: write them")
-    add = parser.add_argument_group("train, test").add_argument
-    add("--data", "--data_url", metavar="FILE",
-        help="text that data.py converted (default: train.mindrecord to train, heldout.mindrecord to test)")
-    add = parser.add_argument_group("train").add_argument
-    add("--heldout", metavar="FILE",
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); correct it, or choose a --size") from None
+
+
+def look_up(content, key):
+    """The value at a.b.c of nested dictionaries, None where there is none."""
+    for name in key.split("."):
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def as_json(options, **run):
+    """bilm-tf's JSON format, as nested dictionaries; a run's folder adds what else the run consists of."""
+    content = {"char_cnn": {"max_characters_per_token": MAX_CHARS, "n_characters": 262}}
+    for f in fields(Options):
+        *outer, key = JSON_KEYS.get(f.name, f.name).split(".")
+        node = content
+        for name in outer:
+            node = node.setdefault(name, {})
+        node[key] = getattr(options, f.name)
+    return json.loads(json.dumps({**content, **({"run": run} if run else {})}))  # tuples become lists, as read back
+
+
+def write_json(path, content):
+    with written(path) as draft, open(draft, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+
+
+def published_name(p):
+    """A parameter's name in bilm-tf's files: its own, less what the cells around it prefix."""
+    return p.name.rpartition(".")[2]
+
+
+def import_h5py(path):
+    try:
+        import h5py
+        return h5py
+    except ImportError:
+        raise InputError(f"{path}: .hdf5 files need h5py; install it with: pip install h5py") from None
+
+
+@contextlib.contextmanager
+def open_arrays(path):
+    """Opens a .npz or .hdf5 file -> the names in it, and a function that reads the array of a name."""
+    if path.endswith(".npz"):
+        with zipfile.ZipFile(path) as archive:
+            def read(name):
+                with archive.open(name + ".npy") as member:
+                    array = np.lib.format.read_array(member, allow_pickle=False)
+                    if member.read(1):  # at the end its checksum is compared
+                        raise ValueError(f"{name} is longer than it says")
+                    return array
+            yield [name[:-len(".npy")] for name in archive.namelist()], read
+    else:
+        h5py, names = import_h5py(path), []
+        with h5py.File(path, "r") as file:
+            file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+            yield names, lambda name: file[name][...]
+
+
+def load_weights(path, *cells, parameters=(), about=()):
+    """Reads parameters, those of cells and others, from a .npz or .hdf5 -> the arrays of the names in `about`.
+    InputError where one is missing, of another shape or not finite, or where the file holds more layers."""
+    wanted = {published_name(p): p for p in itertools.chain(*(cell.get_parameters() for cell in cells), parameters)}
+    try:
+        with open_arrays(path) as (names, read):
+            for name in names:
+                if re.match("CNN|RNN", name) and name not in wanted and any("RNN" in other for other in wanted):
+                    raise InputError(f"{path}: holds {name}, which these options do not ask for; correct the options")
+            for name, p in wanted.items():
+                if name not in names:
+                    raise InputError(f"{path}: has no array {name}, which these options ask for")
+                array = read(name)
+                if array.shape != p.shape or array.dtype != np.float32:
+                    raise InputError(f"{path}: {name} is {array.dtype} {list(array.shape)}, but these options ask for "
+                                     f"float32 {list(p.shape)}")
+                if not np.isfinite(array).all():
+                    raise InputError(f"{path}: {name} holds numbers that are not finite; the model has diverged")
+                p.set_data(Tensor(array))
+            return [read("run/" + name) for name in about]
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # whatever numpy, zipfile and h5py raise, each with errors of its own
+        raise InputError(f"{path}: damaged, or not such a file ({str(error).splitlines()[:1]!r:.200})") from None
+
+
+def write_arrays(path, arrays):
+    """Writes (name, array) pairs one by one to a .npz or .hdf5 file, which appears under its name when it is whole."""
+    h5py = None if path.endswith(".npz") else import_h5py(path)
+    with written(path) as draft:
+        if h5py:
+            with h5py.File(draft, "w") as file:
+                for name, array in arrays:
+                    if not has_room(path, array.nbytes):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    file.create_dataset(name, data=array)
+            return
+        with open(draft, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, array in arrays:
+                    with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def written(path):
+    """A name to write a file under. In the end the file is moved to `path`, whole; after an error it is removed."""
+    draft = f"{path}.{os.getpid()}.part"
+    try:
+        yield draft
+        os.replace(draft, path)
+    except OSError as error:
+        if error.filename not in (None, draft, path):
+            raise
+        raise InputError(f"{path}: could not be written ({error.strerror or str(error).splitlines()[0]}); is the disk "
+                         "full? Files written before are intact") from None
+    finally:
+        if os.path.exists(draft):
+            os.remove(draft)
+
+
+def export(args):
+    """Writes a run's best weights as an .hdf5 that bilm-tf and AllenNLP read, and its options beside it."""
+    if not args.weights.endswith((".hdf5", ".h5")):
+        raise InputError(f"{args.weights}: the name must end in .hdf5")
+    options_file = re.sub(r"(_?weights)?\.(hdf5|h5)$", "", args.weights) + "_options.json"
+    check_outputs([args.weights, options_file], model_files(args), args.overwrite)
+    bilm, softmax, _ = open_model(args)
+    everything = [*bilm.get_parameters(), *softmax.get_parameters()]
+    write_arrays(args.weights, ((published_name(p), p.asnumpy()) for p in everything))
+    write_json(options_file, as_json(bilm.options))
+    print(f"wrote {args.weights} and {options_file}")
+
+
+# ---- 10. A run's folder: checkpoints, resuming, the log --------------------------------------------------------------
+
+class Run:
+    """What a training run consists of: the model, Adagrad's accumulators, and where it stands."""
+
+    def __init__(self, options, vocabulary, seed=0, amp=None, workers=None):
+        self.options, self.vocabulary, self.seed, self.amp = options, vocabulary, seed, amp
+        self.workers, n_classes = workers or Workers(), len(vocabulary)
+        self.bilm, self.softmax = BiLM(options, seed=seed, amp=amp), Softmax(n_classes, options.projection, seed)
+        self.accumulators = ms.ParameterTuple([accumulator(p) for p in self.bilm.trainable_params()])
+        self.tables = [self.softmax.W, self.softmax.b, accumulator(self.softmax.W), accumulator(self.softmax.b)]
+        self.last_place = Parameter(Tensor(np.full(n_classes, -1, np.int32)), requires_grad=False)  # see row_of_class
+        # float16 underflows below 6e-8 and overflows above 65,504: the scale doubles until it does, then halves.
+        self.loss_scaler = ms.amp.DynamicLossScaler(1024, 2, 1000) if amp == "float16" else None
+        self.lstm_state = zero_state(options, options.batch_size)
+        self.step, self.position, self.best = 0, None, math.inf
+        self.losses = []   # (loss, norm) of each step since the last line of the log
+        self.log = []      # lines of log.csv
+        self.clock = None  # (step, time) from which the speed is measured
+
+    def row_of_class(self, classes):
+        """The last place at which each of the classes [n] stands in this list, int32 [n]."""
+        ops.scatter_max(self.last_place, classes, ops.arange(len(classes)).astype(ms.int32))
+        rows = ops.gather(self.last_place, classes, 0)
+        ops.scatter_update(self.last_place, classes, ops.full_like(classes, -1))
+        return rows
+
+    def fetch_losses(self):
+        """-> losses as numbers, float [steps, 2]; waits for the device. InputError where the run must not go on."""
+        self.losses = [[float(x.asnumpy()) if isinstance(x, Tensor) else x for x in pair] for pair in self.losses]
+        numbers = np.reshape(self.losses, (-1, 2))
+        finite = np.isfinite(numbers).all(1)
+        if not finite.all() and (self.loss_scaler is None or not finite.any()):
+            k = int(finite.argmin())
+            raise InputError(f"step {self.step - len(numbers) + k + 1}: the loss is {numbers[k, 0]}, the gradient's "
+                             f"norm {numbers[k, 1]}; checkpoints from before are good; train with a lower --lr")
+        return numbers[finite]
+
+    def log_loss(self, folder, epoch, n_steps, tokens_per_step):
+        """One line on the console and in log.csv: the mean loss since the last, tokens a second, the time left."""
+        loss, speed, left = self.fetch_losses()[:, 0].mean(), "", ""
+        if self.clock and self.step > self.clock[0]:
+            rate = (self.step - self.clock[0]) / (time.perf_counter() - self.clock[1])
+            speed = f"{rate * tokens_per_step:.0f}"
+            left = f"{int(speed):,} tokens/s  {math.ceil((n_steps - self.step) / rate / 60)} min left"
+        print(f"step {self.step:,} of {n_steps:,}  epoch {epoch}  sampled loss {loss:.4f}  {left}", flush=True)
+        self.losses = []
+        self.log.append(f"{self.step},{epoch},{loss:.6f},{speed},,,")
+        self.write_log(folder)
+
+    def log_perplexities(self, folder, epoch, scores):
+        """At the end of an epoch: adds the held-out `Perplexities` (or None) to the last line -> whether it is the best
+        epoch so far."""
+        if scores is None:
+            return True
+        print(f"epoch {epoch}: held-out {scores}", flush=True)
+        self.log[-1] = self.log[-1][:-2] + f"{scores.forward:.4f},{scores.backward:.4f},{scores.average:.4f}"
+        self.write_log(folder)
+        is_best, self.best = scores.average < self.best, min(self.best, scores.average)
+        return is_best
+
+    def write_log(self, folder):
+        if self.workers.rank == 0:
+            path = os.path.join(folder, "log.csv")
+            with written(path) as draft, open(draft, "w", encoding="utf-8") as file:
+                file.write("\n".join(["step,epoch,loss,tokens_per_second,heldout_forward,heldout_backward,"
+                                      "heldout_average", *self.log, ""]))
+
+    def parameters(self):
+        scale = [self.loss_scaler.scale_value] if self.loss_scaler else []
+        return [*self.bilm.get_parameters(), *self.accumulators, *self.tables, *scale]
+
+    def save(self, folder, is_best):
+        """Writes step-N.npz, keeps the last two of these, and the best as best.npz. Worker 0 does it for all."""
+        losses = self.fetch_losses() if self.losses else []
+        states = self.workers.gather(self.lstm_state).asnumpy()
+        positions = self.workers.gather(Tensor(self.position)).asnumpy()
+        if self.workers.rank:
+            return
+        about = {"step": self.step, "positions": positions, "best": self.best, "losses": np.reshape(losses, (-1, 2)),
+                 "lstm_states": states, "log": "\n".join(self.log),
+                 "n_finite": self.loss_scaler.counter.asnumpy() if self.loss_scaler else 0}
+        # The best first: after a crash between the two, this epoch ends again and is the best again.
+        for name in ["best.npz"] * is_best + [f"step-{self.step}.npz"]:
+            write_arrays(os.path.join(folder, name), itertools.chain(
+                (("run/" + key, value) for key, value in about.items()),
+                ((published_name(p), p.asnumpy()) for p in self.parameters())))
+        for old in checkpoints(folder)[:-2]:
+            os.remove(old)
+
+    def resume(self, folder):
+        """Takes over the last checkpoint that is whole; where there is none yet, the run begins."""
+        for path in reversed(checkpoints(folder)):
+            try:
+                step, best, losses, positions, states, log, n_finite = load_weights(
+                    path, parameters=self.parameters(), about=(
+                        "step", "best", "losses", "positions", "lstm_states", "log", "n_finite"))
+            except InputError as error:
+                print(f"{error}; trying the one before", flush=True)
+                continue
+            self.step, self.best, self.losses, self.log = int(step), float(best), losses.tolist(), str(log).splitlines()
+            self.position, self.lstm_state = positions[self.workers.rank], Tensor(states[self.workers.rank])
+            if self.loss_scaler:
+                self.loss_scaler.counter.set_data(Tensor(n_finite))
+            return
+        if checkpoints(folder):
+            raise InputError(f"{folder}: all of its checkpoints are damaged; train into another --out")
+        if os.path.exists(os.path.join(folder, "best.npz")):
+            raise InputError(f"{folder}: has best.npz, but no checkpoint to go on from; train into another --out, and "
+                             "give it as --weights after export to go on from its weights")
+
+
+def accumulator(p):
+    """Adagrad's sum of squares for a parameter, 1 at first as in bilm-tf."""
+    return Parameter(ops.ones_like(p), name="adagrad/" + published_name(p), requires_grad=False)
+
+
+def checkpoints(folder):
+    """The paths of a run's checkpoints, oldest first."""
+    found = [re.fullmatch(r"step-(\d+)\.npz", name) for name in os.listdir(folder)]
+    return [os.path.join(folder, match[0]) for match in sorted(filter(None, found), key=lambda match: int(match[1]))]
+
+
+def open_run(args):
+    """Reads and checks what training needs -> the `Run`, its corpus and its held-out corpus (or None)."""
+    workers = Workers()
+    if workers.rank:
+        sys.stdout = open(os.devnull, "w")  # worker 0 speaks for all
+    options = read_options(args.options) if args.options else SIZES[args.size or "original"]
+    given = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "n_epochs")}
+    options = replace(options, **{name: value for name, value in given.items() if value is not None})
+    vocabulary, corpus = Vocabulary(args.vocab), Corpus(args.data)
+    heldout, n_words = Corpus(args.heldout) if args.heldout else None, len(vocabulary)
+    needed = options.batch_size * options.unroll_steps * workers.size
+    if corpus.tokens + corpus.sentences < needed or corpus.sentences < workers.size:
+        raise InputError(f"{args.data}: {corpus.tokens:,} tokens in {corpus.sentences:,} sentences are less than one "
+                         f"batch of {options.batch_size * workers.size} × {options.unroll_steps} = {needed:,}; add "
+                         "text, or lower --batch-size")
+    if options.sample_softmax and options.n_negative_samples_batch > n_words:
+        raise InputError(f"{args.vocab}: {n_words:,} words are fewer than n_negative_samples_batch, "
+                         f'{options.n_negative_samples_batch:,}; lower it, or set "sample_softmax" to false')
+    if options.n_tokens_vocab not in (0, n_words):
+        print(f"{args.options}: n_tokens_vocab is {options.n_tokens_vocab:,}, but {args.vocab} has {n_words:,} words, "
+              "which decides", flush=True)
+    run = Run(replace(options, n_tokens_vocab=n_words), vocabulary, args.seed, args.amp, workers)
+    has_softmax = True
+    if args.weights and not (args.resume and checkpoints(args.out)):
+        load_weights(args.weights, run.bilm)
+        with open_arrays(args.weights) as (names, _):
+            has_softmax = any(name.startswith("softmax/") for name in names)
+        if has_softmax:
+            load_weights(args.weights, run.softmax)
+    if workers.rank == 0:
+        prepare_folder(args, run, corpus, heldout)
+    if args.resume:
+        run.resume(args.out)
+        print(f"{args.out}: resuming after step {run.step:,}", flush=True)
+    print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {n_words:,} words; "
+          f"{sum(p.size for p in run.bilm.get_parameters()):,} parameters and "
+          f"{run.softmax.W.size + run.softmax.b.size:,} of the softmax", flush=True)
+    if not has_softmax:
+        print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
+    if args.weights and heldout and not run.step:
+        scores = Perplexity(run.bilm, run.softmax, vocabulary, heldout, workers)()
+        print(f"before training: held-out {scores}", flush=True)
+    return run, corpus, heldout
+
+
+def prepare_folder(args, run, corpus, heldout):
+    """Makes the folder of a new run, or checks that the one to be resumed is this very run. options.json is the last
+    file that is written: with it, a folder is a run."""
+    identity = lambda c: c and f"{c.sentences:,} sentences, {c.tokens:,} tokens, checksum {c.checksum:08x}"
+    options_file, vocabulary = (os.path.join(args.out, name) for name in ("options.json", "vocab"))
+    content = as_json(
+        run.options, seed=run.seed, amp=run.amp, workers=run.workers.size, data=identity(corpus),
+        heldout=identity(heldout), weights=args.weights and os.path.realpath(args.weights),
+        vocabulary=f"{zlib.crc32(chr(10).join(run.vocabulary.words).encode()):08x}",
+        arguments=[f"--{name}={value}" for name, value in (
+            ("data", os.path.abspath(args.data)), ("heldout", args.heldout and os.path.abspath(args.heldout)),
+            ("weights", args.weights and os.path.abspath(args.weights)), ("seed", args.seed), ("amp", args.amp))
+            if value is not None])
+    if not args.resume:
+        os.makedirs(args.out, exist_ok=True)
+        if any(not re.fullmatch(rf"vocab|{RUN_FILE}\.\d+\.part", name) for name in os.listdir(args.out)):
+            raise InputError(f"{args.out}: is not empty; give another --out, or --resume to go on with its run")
+        if os.path.exists(vocabulary) and Vocabulary(vocabulary).words != run.vocabulary.words:
+            raise InputError(f"{vocabulary}: exists and is another than --vocab; give another --out")
+    else:
+        begun = read_json(options_file)
+        for key in [JSON_KEYS.get(f.name, f.name) for f in fields(Options)] + ["run." + key for key in content["run"]]:
+            old, new = look_up(begun, key), look_up(content, key)
+            if old != new and key not in ("n_epochs", "run.arguments"):
+                raise InputError(f"{args.out}: its run has {key} {old!r:.80}, not {new!r:.80}; resume it as it was "
+                                 "begun, or train into another --out")
+    for name in os.listdir(args.out):
+        if re.fullmatch(rf"{RUN_FILE}\.\d+\.part", name):  # of a run that was killed
+            os.remove(os.path.join(args.out, name))
+    if not os.path.exists(vocabulary):
+        with written(vocabulary) as draft:
+            shutil.copyfile(args.vocab, draft)
+    write_json(options_file, content)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list to which SIGINT and SIGTERM add, instead of ending the program; the next one ends it."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        print(f"{signal.Signals(number).name}: stopping soon", file=sys.stderr, flush=True)
+        signal.signal(number, signal.default_int_handler)
+
+    before = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield received
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def model_files(args):
+    """The files that `open_model` reads."""
+    if args.command != "export" and args.weights:
+        return [args.options, args.weights]
+    return [os.path.join(args.out, name) for name in ("options.json", "vocab", "best.npz")]
+
+
+def open_model(args, with_softmax=True):
+    """The model of --options and --weights, or the best of the training run in --out -> its `BiLM`, `Softmax` and
+    `Vocabulary` (the last two None where they are not asked for)."""
+    from_run = args.command == "export" or not args.weights
+    options, vocabulary, weights = model_files(args) if from_run else (
+        args.options, getattr(args, "vocab", None), args.weights)
+    if from_run and not os.path.isdir(args.out):
+        raise InputError(f"{args.out}: no such folder; train with --out {args.out} first")
+    if from_run and not os.path.exists(weights):
+        raise InputError(f"{weights}: no such file; " + (
+            "it is written at the end of an epoch: go on training with --resume" if checkpoints(args.out)
+            else f"train with --out {args.out} first"))
+    bilm = BiLM(read_options(options))
+    if not with_softmax:
+        load_weights(weights, bilm)
+        return bilm, None, None
+    vocabulary = Vocabulary(vocabulary)
+    softmax = Softmax(len(vocabulary), bilm.options.projection)
+    load_weights(weights, bilm, softmax)
+    return bilm, softmax, vocabulary
+
+
+def test(args):
+    """Prints the perplexities of held-out text."""
+    bilm, softmax, vocabulary = open_model(args)
+    print(Perplexity(bilm, softmax, vocabulary, Corpus(args.data), Workers())())
+
+
+# ---- 11. Several devices ---------------------------------------------------------------------------------------------
+
+@ms.jit_class  # so that graphs may call it
+class Workers:
+    """The processes that msrun started together (data parallelism), each with its own streams of text, as if they were
+    one device with `size` times the streams. Without msrun, there is one."""
+
+    def __init__(self):
+        self.rank, self.size = 0, 1
+        if "MS_ROLE" in os.environ:  # msrun's
+            from mindspore import communication
+            # Seconds that workers wait for each other: compiling, reading and testing take some longer than others.
+            for name, seconds in (("CPU_COMM_OP", 86400), ("CONNECT", 7200), ("EXEC", 17340)):
+                os.environ.setdefault(f"{'MS' if 'CPU' in name else 'HCCL'}_{name}_TIMEOUT", str(seconds))
+            communication.init()
+            self.rank, self.size = communication.get_rank(), communication.get_group_size()
+            self.all_reduce, self.all_gather = ops.AllReduce(), ops.AllGather()
+            self.gather(Tensor([0.0])).asnumpy()  # connects, while all of them are here
+
+    def gather(self, x):
+        """x of each worker, [size, *x.shape]."""
+        if self.size == 1:
+            return x.reshape(1, *x.shape)
+        return self.all_gather(x.reshape(1, *x.shape))
+
+    def mean(self, tensors):
+        """Each tensor's mean over the workers, all in one collective."""
+        if self.size == 1:
+            return tensors
+        flat, means, first = self.all_reduce(ops.concat([x.reshape(-1) for x in tensors])) / self.size, [], 0
+        for x in tensors:
+            means.append(flat[first:first + x.size].reshape(x.shape))
+            first += x.size
+        return means
+
+    def sum(self, numbers):
+        """The sums of numbers over the workers."""
+        if self.size == 1:
+            return numbers
+        high = np.array(numbers, np.float32)  # in two float32, which all devices can add
+        return self.all_reduce(Tensor(np.float32([high, numbers - high]))).asnumpy().sum(0, np.float64).tolist()
+
+    def any(self, condition):
+        """Whether it holds for any worker."""
+        return self.sum([float(bool(condition))])[0] > 0
+
+
+# ---- 12. Command line ------------------------------------------------------------------------------------------------
+
+COMMANDS = {"train": train, "test": test, "embed": embed, "export": export}
+HELP = {"train": "train (the default)", "test": "perplexity of held-out text", "embed": "vectors of sentences",
+        "export": "a run's weights as .hdf5"}
+
+
+def make_parsers():
+    """-> the program's parser and those of its commands."""
+    parser = ArgumentParser(prog="elmo.py", usage="elmo.py [train] | test | embed | export [options]",
+                            description="Train ELMo's biLM, test it, embed sentences with it, or export its weights.",
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parsers = {name: commands.add_parser(name, prog=f"elmo.py {name}", help=HELP[name], allow_abbrev=False)
+               for name in COMMANDS}
+
+    def add(names, *flags, **rest):
+        for name in names.split():
+            parsers[name].add_argument(*flags, **rest)
+
+    add("train test embed export", "--device", "--device_target", default="Ascend", choices=("Ascend", "CPU"),
+        help="default: %(default)s")
+    add("train test embed export", "--out", "--train_url", metavar="DIR", type=file_name,
+        help="folder of a training run: train writes it, the others read its best model (default: model)")
+    add("train test", "--vocab", "--vocab_path", metavar="FILE", type=file_name,
+        help="the vocabulary (default: vocab; of a run, its own)")
+    add("train test embed", "--options", "--options_path", metavar="FILE", type=file_name,
+        help="options in bilm-tf's JSON format")
+    add("train test embed", "--weights", metavar="FILE", type=file_name,
+        help="weights in bilm-tf's format, .hdf5. train: start from them; test, embed: use them, with --options, "
+             "instead of --out")
+    add("export", "--weights", metavar="FILE", type=file_name, required=True, help="file to write, .hdf5")
+    add("train", "--data", "--data_url", metavar="FILE", default="train.mindrecord", type=file_name,
+        help="text that data.py converted (default: %(default)s)")
+    add("test", "--data", "--data_url", metavar="FILE", default="heldout.mindrecord", type=file_name,
+        help="text that data.py converted (default: %(default)s)")
+    add("train", "--heldout", metavar="FILE", type=file_name,
         help="text to test on after each epoch (default: heldout.mindrecord, if there is one)")
-    add("--size", choices=SIZES, help="of the model, where there are no --options (default: original)")
-    add("--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=value_of("n_epochs"),
+    add("train", "--size", choices=SIZES, help="of the model, where there are no --options (default: original)")
+    add("train", "--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=int,
         help="passes over the text (default: as in the options, 10)")
-    add("--steps", metavar="N", type=natural, help="stop after N steps")
-    add("--lr", dest="learning_rate", metavar="X", type=value_of("learning_rate"),
+    add("train", "--steps", metavar="N", type=natural, help="stop after N steps")
+    add("train", "--lr", dest="learning_rate", metavar="X", type=float,
         help="learning rate (default: as in the options, 0.2)")
-    add("--batch-size", metavar="N", type=value_of("batch_size"),
-        help="rows of text side by side (default: as in the options, 128)")
-    add("--seed", metavar="N", type=whole, help="decides all that is random (default: 0)")
-    add("--log-every", metavar="K", type=natural, default=100,
+    add("train", "--batch-size", metavar="N", type=int, help="streams of text (default: as in the options, 128)")
+    add("train", "--seed", metavar="N", type=lambda text: natural(text, 0), default=0,
+        help="decides all that is random (default: 0)")
+    add("train", "--log-every", metavar="K", type=natural, default=100,
         help="steps from one line of the log to the next (default: %(default)s)")
-    add("--save-every", metavar="K", type=natural,
+    add("train", "--save-every", metavar="K", type=natural,
         help="steps from one checkpoint to the next (default: one after each epoch)")
-    add("--resume", action="store_true",
-        help="go on with the run in --out from its last checkpoint, as if nothing had happened")
-    add("--amp", choices=("float16", "bfloat16"), help="matrix products in this type (default: float32)")
-    add = parser.add_argument_group("embed, export").add_argument
-    add("--input", metavar="FILE", help="tokenized sentences, one a line")
-    add("--output", metavar="FILE", help="vectors to write, one array a line: .npz or .hdf5")
-    add("--overwrite", action="store_true", help="replace files that exist")
-    return parser
+    add("train", "--resume", action="store_true",
+        help="go on with the run in --out from its last checkpoint, as if it had not stopped")
+    add("train", "--amp", choices=("float16", "bfloat16"), help="matrix products in this type (default: float32)")
+    add("embed", "--input", metavar="FILE", type=file_name, required=True, help="tokenized sentences, one a line")
+    add("embed", "--output", metavar="FILE", type=file_name, required=True,
+        help="vectors to write, one array a line: .npz or .hdf5")
+    add("embed export", "--overwrite", action="store_true", help="replace files that exist")
+    parser.epilog = "\n".join(p.format_help() for p in parsers.values())
+    return parser, parsers
 
 
 def parse_arguments(argv):
-    """The command line's options, with the defaults that depend on others; InputError where they make no sense."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    args.argv = [sys.argv[0], *argv]
-    if args.vocab is None:
-        of_run = os.path.join(args.out, "vocab")
-        args.vocab = of_run if args.resume and os.path.exists(of_run) else "vocab"
-    if args.data is None:
-        args.data = "heldout.mindrecord" if args.command == "test" else "train.mindrecord"
-    if args.heldout is None and os.path.exists("heldout.mindrecord"):
-        args.heldout = "heldout.mindrecord"
-    if args.command in ("test", "embed") and bool(args.weights) != bool(args.options):
-        parser.error("--weights and --options go together")
-    if args.command == "export" and not args.weights:
-        parser.error("export needs --weights FILE.hdf5")
+    """The command line's arguments, with the defaults that depend on others; InputError where they make no sense."""
+    parser, parsers = make_parsers()
+    with_command = argv if argv and argv[0] in (*COMMANDS, "-h", "--help") else ["train", *argv]
+    args = parser.parse_args(with_command)
+    out = args.out or "model"
+    if args.command == "train" and args.resume:  # what the command line leaves open is as it was
+        options_file = os.path.join(out, "options.json")
+        if not os.path.isfile(options_file):
+            raise InputError(f"{out}: no run to resume; leave out --resume to begin one")
+        begun = look_up(read_json(options_file), "run.arguments")
+        if not isinstance(begun, list) or not all(isinstance(text, str) for text in begun):
+            raise InputError(f"{options_file}: damaged; train into another --out")
+        args = parsers["train"].parse_args([*begun, *with_command[1:]], argparse.Namespace(command="train"))
+        args.options = args.options or (None if args.size else options_file)
+    elif args.command == "train":
+        if args.heldout is None and os.path.exists("heldout.mindrecord"):
+            args.heldout = "heldout.mindrecord"
+        if args.size and args.options:
+            parser.error("--size and --options exclude each other")
+    elif args.command != "export":
+        if bool(args.weights) != bool(args.options):
+            parser.error("--weights and --options go together")
+        if args.weights and args.out:
+            parser.error("--out and --weights exclude each other")
+        if args.command == "test" and args.vocab and not args.weights:
+            parser.error("--vocab goes with --weights; a run has its own")
+    args.out, args.argv = out, [sys.argv[0], *argv]
+    if args.command in ("train", "test") and args.vocab is None:
+        of_run = os.path.join(out, "vocab")
+        args.vocab = of_run if args.command == "train" and args.resume and os.path.exists(of_run) else "vocab"
     return args
+
+
+def run_command(argv):
+    args = parse_arguments(argv)
+    try:
+        ms.set_device(args.device)
+    except RuntimeError:
+        raise InputError(f"--device {args.device}: there is none on this machine; use --device CPU") from None
+    if args.device == "Ascend":  # float32 products in float32: the first 910 would silently compute in float16
+        from mindspore.device_context.ascend import op_precision
+        op_precision.precision_mode("must_keep_origin_dtype")
+        op_precision.matmul_allow_hf32(False)
+    COMMANDS[args.command](args)
 
 
 def main(argv=None):
     """Runs the command line -> the exit status."""
-    try:
-        args = parse_arguments(sys.argv[1:] if argv is None else argv)
-        try:
-            ms.set_device(args.device)
-        except RuntimeError:
-            raise InputError(f"--device {args.device}: there is none on this machine; use --device CPU") from None
-        {"train": train, "test": test, "embed": embed, "export": export}[args.command](args)
-        return 0
-    except (InputError, OSError) as error:
-        place = getattr(error, "filename", None)
-        print(f"elmo.py: error: {f'{place}: {error.strerror}' if place else error}", file=sys.stderr)
-        return 2
-    except MemoryError as error:
-        print(f"elmo.py: error: not enough memory ({error}); use a smaller model or batch", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("elmo.py: interrupted", file=sys.stderr)
-        return 130
+    return run_program("elmo.py", lambda: run_command(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":
