@@ -127,8 +127,9 @@ def both_directions(words):
     "A forward language model computes the probability of the sequence by modeling the probability of token t_k given
     the history ... A backward LM is similar ..., except it runs over the sequence in reverse" (section 3.1).
     """
-    words = ["<S>", *words, "</S>"]
-    return list(zip(words, words[1:], words[:0:-1], words[-2::-1]))
+    forward = ["<S>", *words, "</S>"]
+    backward = forward[::-1]
+    return list(zip(forward, forward[1:], backward, backward[1:]))
 
 
 class Streams:
@@ -212,21 +213,22 @@ def prefetch(items, make, n_ahead=4):
 # look at all their padding; but a static graph needs the same shapes in every step. So there is fixed room for words
 # of a few lengths: tiers = ((number of words, their characters at most), ...), the last of full length.
 
-def measure_tiers(chunks, widest_filter):
-    """The tiers that an iterable of chunks needs, with spare room. The limits between them are quantiles of the
+def measure_tiers(streams):
+    """The tiers that the first chunks of `Streams` need, with spare room. The limits between them are quantiles of the
     words' lengths; any limits are exact, these waste little."""
-    lengths = [[n_chars(word) for word in chunk.words] for chunk in chunks]
-    quantiles = np.quantile(list(itertools.chain.from_iterable(lengths)), (0.4, 0.8, 0.97)).astype(int)
-    limits = sorted({min(limit, MAX_CHARS - widest_filter) for limit in quantiles.tolist()} - {0})
-    n_longer = [max(sum(length > limit for length in chunk) for chunk in lengths) for limit in [0, *limits]]
-    n_longer = [n + n // 20 + 16 for n in n_longer] + [0]
-    return tuple((more - fewer, limit) for more, fewer, limit in zip(n_longer, n_longer[1:], [*limits, MAX_CHARS])
-                 if more > fewer)
+    chunks = [[n_chars(word) for word in chunk.words] for chunk in itertools.islice(streams, 20)]
+    quantiles = np.quantile(list(itertools.chain.from_iterable(chunks)), (0.4, 0.8, 0.97)).astype(int)
+    limits = sorted({*quantiles.tolist(), MAX_CHARS})
+    # A word may stand in any tier that is long enough: what counts is how many words are longer than a limit.
+    n_longer = [max(sum(length > limit for length in chunk) for chunk in chunks) for limit in [0, *limits]]
+    n_longer = [n + n // 20 + 16 for n in n_longer[:-1]] + [0]
+    return tuple((more - fewer, limit) for more, fewer, limit in zip(n_longer, n_longer[1:], limits) if more > fewer)
 
 
 def fill_tiers(tiers, words, word_index):
     """-> chars int32 [rows, 50]: the characters of the words, each in a row of a tier that it fits; and `word_index`
-    with the words' rows. Words that find no room get 256 rows more of full length, as often as needed."""
+    with the words' rows. The rows that are left over come first. Words that find no room get 256 rows more of full
+    length, as often as needed."""
     chars = np.frombuffer(b"".join(map(char_bytes, words)), np.int32).reshape(-1, MAX_CHARS)
     lengths = np.array(list(map(n_chars, words)))
     order = np.argsort(lengths, kind="stable")
@@ -311,7 +313,7 @@ def open_text(path, max_line=-1):
     more than max_line bytes is cut at a space. InputError where the file is no text."""
     def decode(line):
         if b"\0" in line:
-            raise InputError(f"{path}: line {number} holds zero bytes, so this is no text; convert it to UTF-8, or unpack it")
+            raise InputError(f"{path}: line {number} holds zero bytes: no text; convert it to UTF-8, or unpack it")
         try:
             return line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
@@ -495,7 +497,7 @@ class Corpus:
         if zlib.crc32(totals, file_checksum(self.path, leave=TOTALS + 4)).to_bytes(4, "big") != expected:
             raise InputError(f"{path}: damaged, it or {path}.db; convert the text again")
         if name != os.path.basename(self.path):  # MindRecord would look for that name, and read what it finds there
-            raise InputError(f"{path}: was written as {name}; MindRecord needs that name: give it back to it and its .db")
+            raise InputError(f"{path}: was written as {name}, and needs that name; give it back to it and its .db")
 
     def read(self, records):
         """Yields the sentences of these numbers, in their order, each a list of words."""
@@ -712,8 +714,8 @@ def warn_of_order(counts, vocab):
     order = frequency_order(counts)
     if order < 0.4:
         print(f"WARNING: {vocab} is not in the order of frequency of this text (score {order:.2f}; the best order has "
-              "1, a random one 0).\nWARNING: The sampled softmax takes the first words to be the most frequent: training "
-              "will be poor. Sort them or use --build-vocab.", file=sys.stderr)
+              "1, a random one 0).\nWARNING: The sampled softmax takes the first words to be the most frequent, and "
+              "would train poorly. Sort them or use --build-vocab.", file=sys.stderr)
 
 
 def main(argv=None):

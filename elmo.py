@@ -5,19 +5,20 @@
     python elmo.py embed --input sentences.txt --output vectors.npz
 
 Read this: the paper                          Skip on first reading: what surrounds it
-  1. Options (section 3.4)                      8. Embedding files of sentences
-  2. Character CNN (3.1, 3.4)                   9. The file formats of bilm-tf and AllenNLP
-  3. LSTM with projection (3.1, 3.4)           10. A run's folder: checkpoints, resuming, the log
-  4. Bidirectional language model (3.1)        11. Several devices
-  5. Softmax, full and sampled (3.1)           12. Command line
-  6. ELMo: the scalar mix (3.2, 3.3)
+  1. Options (section 3.4)                      8. MindSpore's peculiarities
+  2. Character CNN (3.1, 3.4)                   9. Embedding files of sentences
+  3. LSTM with projection (3.1, 3.4)           10. The file formats of bilm-tf and AllenNLP
+  4. Bidirectional language model (3.1)        11. A run's folder: checkpoints, resuming, the log
+  5. Softmax, full and sampled (3.1)           12. Several devices
+  6. ELMo: the scalar mix (3.2, 3.3)           13. Command line
   7. Training and perplexity (3.1, 3.4)
 
 Where the paper is silent, its reference code decides: bilm-tf, the authors' program in TensorFlow.
 
-For readers of PyTorch: an nn.Cell is a Module and its construct is forward; ms.jit compiles a function to a static
-graph; a cell's bprop, where there is one, is its own backward pass. Cells are fed by data.py, which the parts on
-training refer to: `Streams` and `measure_tiers` there.
+For readers of PyTorch: an nn.Cell is a Module and its construct is forward; a ParameterTuple is a ParameterList;
+ms.jit compiles a function to a static graph; ms.value_and_grad(f, positions, weights, has_aux=True) returns f's results
+and the gradients of the first; a cell's bprop, where there is one, is its own backward pass. `matmul`, `log`,
+`make_tanh`, `compiled` and `parameter` (part 8) are what their names say. data.py makes the text that training reads.
 """
 import argparse
 import bisect
@@ -43,7 +44,7 @@ import numpy as np
 
 from data import (MAX_CHARS, RUN_FILE, SPECIAL, ArgumentParser, Corpus, InputError, Streams, Vocabulary, char_ids,
                   check_outputs, file_name, fill_tiers, has_room, measure_tiers, natural, open_text, prefetch,
-                  run_program, with_progress)  # before mindspore, whose log it quiets
+                  run_program, with_progress)  # before mindspore: it quiets MindSpore's log
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -75,55 +76,10 @@ class Options:
     n_negative_samples_batch: int = 8192
     all_clip_norm_val: float = 10.0      # limit of the gradient's global norm
     learning_rate: float = 0.2           # of Adagrad
-    n_tokens_vocab: int = 0              # 0: not known; the vocabulary file decides
+    n_tokens_vocab: int = 0              # the vocabulary file decides
 
     def __post_init__(self):
         check_options(self)
-
-
-# ---- What the cells below are made of --------------------------------------------------------------------------------
-
-def on_cpu():
-    return ms.get_context("device_target") == "CPU"
-
-
-def compiled(function):
-    """The function as a static graph. On Ascend level O1 fuses kernels, each of which costs the time to launch it."""
-    return ms.jit(function, jit_level="O0" if on_cpu() else "O1")
-
-
-def parameter(name, array):
-    """A float32 parameter with its name in bilm-tf's files."""
-    return Parameter(Tensor(np.asarray(array, np.float32)), name=name)
-
-
-def matmul(x, y, transpose_x=False, transpose_y=False):
-    """x · y, either of them transposed on request. (The gradient of ops.matmul writes out transposed copies.)"""
-    return ops.MatMul(transpose_x, transpose_y)(x, y)
-
-
-def make_matmul(amp):
-    """-> `matmul`, with x and y rounded to "float16" or "bfloat16" unless amp is None; float32 in, float32 out."""
-    half = amp and getattr(ms, amp)
-    multiplied_as = ms.float32 if on_cpu() else half  # a CPU is slow at half precision
-
-    def rounded_matmul(x, y, transpose_x=False, transpose_y=False):
-        x, y = x.astype(half).astype(multiplied_as), y.astype(half).astype(multiplied_as)
-        return matmul(x, y, transpose_x, transpose_y).astype(ms.float32)
-
-    return rounded_matmul if amp else matmul
-
-
-def log(x):
-    return ops.xlogy(ops.ones_like(x), x)  # the last bits of the CPU's ops.log depend on how threads share the work
-
-
-def make_tanh():
-    """-> tanh. MindSpore's own is off by 1e-4 beyond |x| = 4 on a CPU."""
-    def tanh_by_sigmoid(x):
-        return 2 * ops.sigmoid(2 * x) - 1
-
-    return tanh_by_sigmoid if on_cpu() else ops.tanh
 
 
 # ---- 2. Character CNN: a word's characters to a context-independent token representation x_k -------------------------
@@ -131,56 +87,60 @@ def make_tanh():
 class CharEncoder(nn.Cell):
     """x_k, "a context-independent token representation (via token embeddings or a CNN over characters)" (section 3.1).
 
-    With e[p] the embedding of character p of a word, and W_w, b_w the filters of width w:
+    With e[p] the embedding of character p of a word's 50 (marks of its begin and end and padding are characters, too),
+    and W_w, b_w the filters of width w:
 
         score_w[p] = [e[p], ..., e[p + w - 1]] · W_w                for p = 0 ... 50 - w
         feature_w  = activation(max_p score_w[p] + b_w)
         x          = [feature_1, feature_2, ...]                    then, for each highway layer,
         x          = g · relu(x · W_t + b_t) + (1 - g) · x,         g = sigmoid(x · W_c + b_c)
         x_k        = x · W_proj + b_proj
+
+    W_t is W_transform in bilm-tf's files, W_c is W_carry.
     """
 
     def __init__(self, options, rng, amp=None):
         super().__init__()
         o, n_filters = options, sum(n for _, n in options.filters)
         uniform = lambda limit, *shape: rng.uniform(-limit, limit, shape)
-        normal = lambda n_inputs, *shape: rng.normal(0, math.sqrt(1 / n_inputs), shape)
+        normal = lambda *shape: rng.normal(0, math.sqrt(1 / math.prod(shape[:-1])), shape)  # shape [inputs, outputs]
+        filters = lambda *shape: uniform(0.05, *shape) if o.activation == "relu" else normal(*shape)
         self.filters, self.char_dim, self.widest = o.filters, o.char_dim, max(width for width, _ in o.filters)
-        self.matmul, self.activation = make_matmul(amp), ops.relu if o.activation == "relu" else make_tanh()
+        self.matmul = make_matmul(amp)
+        self.activation = ops.relu if o.activation == "relu" else make_tanh()
         self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # bytes and marks, see data.char_ids
-        W_cnn = [uniform(0.05, 1, width, o.char_dim, n) if o.activation == "relu"
-                 else normal(width * o.char_dim, 1, width, o.char_dim, n) for width, n in o.filters]
-        self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", W) for k, W in enumerate(W_cnn)])
+        self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", filters(1, width, o.char_dim, n))
+                                        for k, (width, n) in enumerate(o.filters)])
         self.b_cnn = ms.ParameterTuple([parameter(f"CNN/b_cnn_{k}", np.zeros(n)) for k, (_, n) in enumerate(o.filters)])
-        highway = [(("W_carry", normal(n_filters, n_filters, n_filters)),  # bilm-tf's name; it gates the transform,
-                    ("b_carry", np.full(n_filters, -2.0)),  # which is nearly closed at first
-                    ("W_transform", normal(n_filters, n_filters, n_filters)),
-                    ("b_transform", np.zeros(n_filters))) for _ in range(o.n_highway)]
-        self.highway = ms.ParameterTuple([parameter(f"CNN_high_{k}/{name}", array)
-                                          for k, layer in enumerate(highway) for name, array in layer])
-        self.projection = ms.ParameterTuple([
-            parameter("CNN_proj/W_proj", normal(n_filters, n_filters, o.projection)),
-            parameter("CNN_proj/b_proj", np.zeros(o.projection))])
-        # Added to the scores at positions past 50 - w, so that no filter wins where it reaches beyond the word's end.
-        past_end = np.arange(MAX_CHARS)[:, None] + [width for width, n in o.filters for _ in range(n)] > MAX_CHARS
-        self.beyond = Tensor(np.where(past_end, -1e4, 0)[:, None], ms.float32)  # [50, 1, filters]
+        self.highway = ms.ParameterTuple([parameter(f"CNN_high_{k}/{name}", array) for k in range(o.n_highway)
+                                          for name, array in (("W_carry", normal(n_filters, n_filters)),
+                                                              ("b_carry", np.full(n_filters, -2.0)),  # g is small
+                                                              ("W_transform", normal(n_filters, n_filters)),
+                                                              ("b_transform", np.zeros(n_filters)))])
+        self.projection = ms.ParameterTuple([parameter("CNN_proj/W_proj", normal(n_filters, o.projection)),
+                                             parameter("CNN_proj/b_proj", np.zeros(o.projection))])
+        # Added to the scores, so that no filter wins where it reaches beyond character 50. (Less would do; -inf has no
+        # gradient.)
+        widths = np.repeat([width for width, _ in o.filters], [n for _, n in o.filters])  # of each filter
+        self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] + widths > MAX_CHARS, -1e4, 0)[:, None], ms.float32)
 
     def construct(self, chars, tiers=((0, MAX_CHARS),)):
         """chars int32 [words, 50] (see data.char_ids) -> x_k [words, projection].
 
-        For speed, words may come ordered by length in tiers (see data.measure_tiers): ((n, limit), ...) says that the
-        first n words have at most `limit` characters, and so on. The last tier takes all the rest, whatever its n. The
-        result is the same.
+        For speed, words may come ordered by length (see data.measure_tiers): tiers = ((n, limit), ...) says that the
+        first n have at most `limit` characters that are not padding, and so on; the last tier takes all that are left.
         """
         kernel = ops.concat([  # all filters side by side; rows of zeros make each as wide as the widest
             ops.concat((W, ops.zeros((1, self.widest - width, self.char_dim, n), ms.float32)), 1).reshape(-1, n)
             for (width, n), W in zip(self.filters, self.W_cnn)], 1)  # [widest · char_dim, filters]
+        # Nothing stands behind character 50. (ops.pad has a wrong gradient in MindSpore 2.10 from the second run on.)
+        chars = ops.concat((chars, ops.zeros((chars.shape[0], self.widest - 1), ms.int32)), 1)
         max_scores, first = [], 0
         for n, limit in tiers[:-1]:
-            # One position more than a word has characters: from there on, all that a filter sees is padding.
-            max_scores.append(self.max_scores(chars[first:first + n, :limit + self.widest], kernel))
+            # All positions behind a word score the same, that of padding alone, so that one of them is enough.
+            max_scores.append(self.max_scores(chars[first:first + n], kernel, min(limit + 1, MAX_CHARS)))
             first += n
-        max_scores.append(self.max_scores(chars[first:], kernel))
+        max_scores.append(self.max_scores(chars[first:], kernel, MAX_CHARS))
         x = self.activation(ops.concat(max_scores) + ops.concat(list(self.b_cnn)))  # [words, filters]
         for k in range(0, len(self.highway), 4):
             W_c, b_c, W_t, b_t = self.highway[k:k + 4]
@@ -189,23 +149,18 @@ class CharEncoder(nn.Cell):
         W_proj, b_proj = self.projection
         return self.matmul(x, W_proj) + b_proj  # [words, projection]
 
-    def max_scores(self, chars, kernel):
-        """max_p score_w[p] of all filters, [words, filters]; chars int32 [words, 50], or fewer (see construct).
+    def max_scores(self, chars, kernel, n_positions):
+        """max_p score_w[p] over the first positions, for all filters: [words, filters].
 
-        For speed, one product for all filters and positions. (Nothing here uses ops.pad: its gradient is wrong in
-        MindSpore 2.10 from a graph's second run on.)
+        For speed, one product for all filters and positions; chars int32 [words, 50 + widest - 1].
         """
-        is_whole = chars.shape[1] == MAX_CHARS
-        if is_whole:
-            chars = ops.concat((chars, ops.zeros((chars.shape[0], self.widest - 1), ms.int32)), 1)
-        n_words, n_positions = chars.shape[0], chars.shape[1] - self.widest + 1
-        chars = ops.stack([chars.T[k:k + n_positions] for k in range(self.widest)], -1)  # [positions, words, widest]
-        table = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # id 0: no word at all
-        patches = ops.gather(table, chars, 0).reshape(n_positions * n_words, -1)  # [.., widest · char_dim]
-        scores = self.matmul(patches, kernel).reshape(n_positions, n_words, -1)  # [positions, words, filters]
-        if is_whole:
-            scores = scores + self.beyond
-        return ops.max(scores, 0)[0]
+        patches = ops.stack([chars.T[k:k + n_positions] for k in range(self.widest)], -1)  # [positions, words, widest]
+        table = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # 0 where nothing stands
+        e = ops.gather(table, patches, 0).reshape(n_positions * chars.shape[0], -1)  # [.., widest · char_dim]
+        scores = self.matmul(e, kernel).reshape(n_positions, chars.shape[0], -1)  # [positions, words, filters]
+        if n_positions + self.widest - 1 > MAX_CHARS:
+            scores = scores + self.beyond[:n_positions]
+        return ops.max(scores, 0)[0]  # its backward pass goes to the position that won here
 
 
 # ---- 3. LSTM with projection -----------------------------------------------------------------------------------------
@@ -217,9 +172,8 @@ class Recurrence(nn.Cell):
         c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
         h = clip((sigmoid(o) · tanh(c)) · W_P)          the forget gate's + 1 and the clips are bilm-tf's
 
-    For speed, bprop is the backward pass: it forms each weight's gradient as one product over all time steps, where
-    automatic differentiation adds up a product for each. It returns a gradient for each input of construct, which is
-    why the weights are inputs.
+    For speed, bprop is the backward pass: each weight's gradient is one product over all time steps, not a sum of one
+    for each. It returns a gradient for each input of construct, which is why the weights are inputs.
     """
 
     def __init__(self, cell_clip, proj_clip, amp=None):
@@ -242,7 +196,8 @@ class Recurrence(nn.Cell):
         return ops.stack([step[-1] for step in steps]), steps
 
     def bprop(self, x, h, c, W, B, W_P, out, dout):
-        """dz is the gradient of z. Only the first output, h of all time steps, has one; those of the states are cut."""
+        """dz is the gradient of z. None flows in through `steps`, whose last state goes on to the next chunk:
+        backpropagation ends there."""
         c_first, steps, dh_outside = c, out[1], ops.unstack(dout[0])
         dh, dc, dx, dgates, dhs = ops.zeros_like(h), ops.zeros_like(c), (), (), ()
         for t in range(len(steps) - 1, -1, -1):
@@ -254,7 +209,7 @@ class Recurrence(nn.Cell):
             dc = dc + dou * o * (1 - u * u)
             dc = ops.select(ops.abs(c) < self.cell_clip, dc, ops.zeros_like(dc))
             dgate = ops.concat((dc * i * j * (1 - i), dc * i * (1 - j * j), dc * f * c_before * (1 - f),
-                                dou * o * u * (1 - o)), 1)  # before sigmoid and tanh, [batch, 4 dim]
+                                dou * o * u * (1 - o)), 1)  # of i, j, f, o before sigmoid and tanh, [batch, 4 dim]
             dx_h = self.matmul(dgate, W, transpose_y=True)  # [batch, input + projection]
             dhs, dgates, dx = (dh,) + dhs, (dgate,) + dgates, (dx_h[:, :x.shape[2]],) + dx
             dc, dh = dc * f, dx_h[:, x.shape[2]:]
@@ -298,7 +253,7 @@ class BiLM(nn.Cell):
     encoder and 2 · L LSTMs; for Θs see `Softmax`.
 
     options: an `Options` or the path of an options file; weight_file: weights in bilm-tf's format (.hdf5), or None for
-    the initial values of training, drawn from `seed`; amp: None, "float16" or "bfloat16", see `matmul`.
+    the initial values of training, drawn from `seed`; amp: None, "float16" or "bfloat16", see `make_matmul`.
     """
 
     def __init__(self, options, weight_file=None, seed=0, amp=None):
@@ -328,7 +283,8 @@ class BiLM(nn.Cell):
                 y_in = y if masks is None else drop(y, masks[layer][direction], o.dropout)
                 y, new_state = self.lstms[2 * layer + direction](y_in, old_state, lengths)
                 if layer > 0 and o.use_skip_connections:
-                    y = y + y_in  # "a residual connection from the first to second layer" (3.4), and so on upwards
+                    # "a residual connection from the first to second layer" (3.4); of its input after dropout (bilm-tf)
+                    y = y + y_in
                 layers.append(y)
                 states.append(new_state)
             outputs.append(layers)
@@ -361,7 +317,7 @@ class BiLM(nn.Cell):
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
         mask = position < lengths.reshape(-1, 1)
         if not keep_sentence_boundaries:
-            layers, mask = [layer[:, 1:-1] for layer in layers], mask[:, 2:]  # which is ones, then zeros
+            layers, mask = [layer[:, 1:-1] for layer in layers], mask[:, 2:]  # two True fewer
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
 
@@ -378,35 +334,34 @@ def drop(x, mask, rate):
 # ---- 5. Softmax, full and sampled ------------------------------------------------------------------------------------
 
 class LogSumExp(nn.Cell):
-    """log Σ_k exp(y · W_k + b_k): y [n, projection], W [classes, projection], b [classes] -> [n].
+    """log Σ_k exp(y · W_k): y [n, projection], W [classes, projection] -> [n].
 
-    For speed, bprop is the backward pass, and b is one more column of W: the logits, [n, classes], are the largest
-    tensor of a step, and whatever touches each of them costs as much as the product that makes them.
+    The logits, [n, classes], are the largest tensor of a step: to save memory, bprop computes them again, and for speed
+    they are touched as seldom as possible.
     """
 
     def __init__(self):
         super().__init__()
         self.softmax = ops.Softmax()
 
-    def logits(self, y, W, b):
-        """-> y and W with a column for b, and the logits."""
-        y = ops.concat((y, ops.ones((y.shape[0], 1), y.dtype)), 1)
-        W = ops.concat((W, b.reshape(-1, 1)), 1)
-        return y, W, matmul(y, W, transpose_y=True)  # [n, classes]
-
-    def construct(self, y, W, b):
-        z = self.logits(y, W, b)[2]
-        # log Σ exp z = z_k - log softmax(z)_k for any k; for the largest, softmax is the most precise.
+    def construct(self, y, W):
+        z = matmul(y, W, transpose_y=True)  # [n, classes]
+        # softmax(z)_k = exp z_k / Σ exp z, so log Σ exp z = z_k - log softmax(z)_k; softmax is one kernel, and its
+        # largest number the most precise.
         return z.max(axis=1) - log(self.softmax(z).max(axis=1))
 
-    def bprop(self, y, W, b, out, dout):
-        y, W, z = self.logits(y, W, b)
-        p, dout = self.softmax(z), dout.reshape(-1, 1)  # d log Σ exp z / dz = softmax(z)
-        dW = matmul(p, dout * y, transpose_x=True)
-        return dout * matmul(p, W)[:, :-1], dW[:, :-1], dW[:, -1]
+    def bprop(self, y, W, out, dout):
+        p, dout = self.softmax(matmul(y, W, transpose_y=True)), dout.reshape(-1, 1)  # d log Σ exp z / dz = softmax(z)
+        return dout * matmul(p, W), matmul(p, dout * y, transpose_x=True)
 
 
-log_sum_exp = LogSumExp()
+log_sum_exp_of_product = LogSumExp()
+
+
+def log_sum_exp(y, W, b):
+    """log Σ_k exp(y · W_k + b_k), with b [classes] as one more column of W: adding it to the logits takes longer."""
+    y = ops.concat((y, ops.ones((y.shape[0], 1), y.dtype)), 1)
+    return log_sum_exp_of_product(y, ops.concat((W, b.reshape(-1, 1)), 1))
 
 
 class Softmax(nn.Cell):
@@ -418,51 +373,52 @@ class Softmax(nn.Cell):
         W = np.random.default_rng(seed).standard_normal((n_classes, projection), np.float32)
         self.W = parameter("softmax/W", W * np.float32(math.sqrt(1 / projection)))
         self.b = parameter("softmax/b", np.zeros(n_classes))
-        self.n_logits = 2 ** 25 if on_cpu() else 2 ** 30  # logits at once, which fit in memory
+        self.max_logits = 2 ** 25 if on_cpu() else 2 ** 30  # at once, so that they fit in memory
 
     def construct(self, y, target):
         """-log p(target) under the full softmax: y [n, projection], target int32 [n] -> [n]."""
-        n = max(1, self.n_logits // self.b.shape[0])  # positions
+        n = max(1, self.max_logits // self.b.shape[0])  # positions at once
         log_z = ops.concat([log_sum_exp(y[k:k + n], self.W, self.b) for k in range(0, y.shape[0], n)])
         return log_z - (y * self.W[target]).sum(1) - self.b[target]
 
 
 # Training does not sum over all classes but over the target and a sample of others, the negatives (bilm-tf).
 
-
 def draw_negatives(rng, n, n_classes):
-    """Draws classes log-uniformly, P(k) = log((k + 2) / (k + 1)) / log(n_classes + 1), until n distinct ones are found
-    -> these, int64 [n], and the number of draws. (Zipf's law, where class k is the k-th most frequent word.)"""
-    drawn, first = np.empty(0, np.int64), np.empty(n_classes, np.int64)
+    """-> n distinct classes, int64 [n], and how many draws it took to find them (as TensorFlow's
+    log_uniform_candidate_sampler). n must not exceed n_classes.
+
+    A draw is log-uniform, P(k) = log((k + 2) / (k + 1)) / log(n_classes + 1): Zipf's law, where class k is the k-th
+    most frequent word.
+    """
+    drawn = np.empty(0, np.int64)
     while True:
-        more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1
-        drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))
-        draws = np.arange(len(drawn))
-        first[drawn[::-1]] = draws[::-1]  # of the draws of a class the first remains, since it is written last
-        new = np.flatnonzero(first[drawn] == draws)
+        more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1  # P's inverse distribution
+        drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
+        new = np.sort(np.unique(drawn, return_index=True)[1])  # where a class is drawn for the first time
         if len(new) >= n:
             return drawn[new[:n]], int(new[n - 1]) + 1
 
 
 def log_expected_count(k, n_draws, n_classes):
-    """log q(k), the log of how often class k is expected among the distinct classes that so many draws find:
-    q(k) = 1 - (1 - P(k))^n_draws."""
+    """log q(k) for classes k, an array: q(k) = 1 - (1 - P(k))^n_draws is the probability that class k is among the
+    distinct classes of so many draws, P as in `draw_negatives`."""
     p = np.log((k + 2) / (k + 1)) / np.log(n_classes + 1)
     return np.log(-np.expm1(n_draws * np.log1p(-p)))
 
 
 def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, not_drawn):
-    """The mean over positions of log(exp t + Σ_k exp s_k) - t, with t the target's logit and s_k the negatives', each
-    less its log q (Jean et al., 2015).
+    """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit and s_k are
+    those of the negatives, each minus its log q (Jean et al., 2015).
 
-    y [n, projection]; W [classes, projection], b [classes]; target [n] and negatives [N], rows of W, and their log q;
-    not_drawn [n], 1 where the target is none of the negatives, else 0. Where it is one ("accidental hit"), its s_k is
-    t itself, and exp t must not stand in the sum twice.
+    y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
+    not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
+    holds its exp t already, and not_drawn is 0.
     """
     t = (y * W[target]).sum(1) + b[target] - target_log_q  # [n]
-    s = log_sum_exp(y, W[negatives], b[negatives] - negative_log_q)  # [n], log Σ_k exp s_k
-    m = ops.stop_gradient(ops.maximum(s, t))
-    return (log(ops.exp(s - m) + not_drawn * ops.exp(t - m)) + m - t).mean()
+    log_sum = log_sum_exp(y, W[negatives], b[negatives] - negative_log_q)  # [n], log Σ_k exp s_k
+    m = ops.stop_gradient(ops.maximum(log_sum, t))  # so that no exp overflows
+    return (log(ops.exp(log_sum - m) + not_drawn * ops.exp(t - m)) + m - t).mean()
 
 
 # ---- 6. ELMo: a task-specific combination of the biLM's layers (sections 3.2, 3.3) -----------------------------------
@@ -496,7 +452,7 @@ class ScalarMix(nn.Cell):
 
 def layer_norm(h):
     """"... in some cases it also helped to apply layer normalization ... to each biLM layer before weighting" (section
-    3.2): each token by itself, where AllenNLP takes one mean and variance of all tokens of the batch."""
+    3.2): each token by itself, whereas AllenNLP takes one mean and variance of all tokens of the batch."""
     centered = h - h.mean(-1, keep_dims=True)
     return centered / ops.sqrt(ops.square(centered).mean(-1, keep_dims=True) + 1e-12)
 
@@ -520,8 +476,9 @@ class Elmo(nn.Cell):
         for p in self.bilm.get_parameters():
             p.requires_grad = requires_grad
         self.requires_grad, self.keep_sentence_boundaries = requires_grad, keep_sentence_boundaries
-        mix = self.bilm.options.n_layers + 1, do_layer_norm, scalar_mix_parameters, scalar_mix_parameters is None
-        self.scalar_mixes = nn.CellList([ScalarMix(*mix) for _ in range(num_output_representations)])
+        self.scalar_mixes = nn.CellList([
+            ScalarMix(self.bilm.options.n_layers + 1, do_layer_norm, scalar_mix_parameters,
+                      trainable=scalar_mix_parameters is None) for _ in range(num_output_representations)])
         self.dropout = nn.Dropout(p=dropout)
 
     def construct(self, ids):
@@ -536,101 +493,125 @@ class Elmo(nn.Cell):
 # ---- 7. Training and perplexity (sections 3.1, 3.4) ------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    """What one training step reads: a chunk of text (data.Chunk) and what is random. n = time · batch, N negatives."""
-    chars: np.ndarray           # int32 [rows, 50], the distinct words, in tiers (see data.fill_tiers)
+    """What one training step reads: a chunk of text (data.Chunk) and what is random. n = time · batch, N negatives.
+    (What is 0 or 1 is uint8, since not all devices unstack bool.)"""
+    chars: np.ndarray           # int32 [rows, 50], the distinct words, in tiers (see data.fill_tiers), and empty rows
     word_index: np.ndarray      # int32 [2, time, batch], which of them is read
     reset_state: np.ndarray     # uint8 [batch], 1 where the LSTMs begin from zero
     target: np.ndarray          # int32 [2, n], the class to predict
     negatives: np.ndarray       # int32 [2, N]
     target_log_q: np.ndarray    # float32 [2, n]
     negative_log_q: np.ndarray  # float32 [2, N]
-    not_drawn: np.ndarray       # float32 [2, n], 1 where the target is none of the negatives, else 0
-    dropout: np.ndarray         # uint8 [layers + 1, 2, time, batch, projection], masks; [0] where there is no dropout
+    not_drawn: np.ndarray       # float32 [2, n], see `sampled_softmax`
+    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], of dropout; [0] where there is none
 
 
 def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
     """A chunk of text -> the `Batch` of a step. What is random depends on the seed and the step, so that a run can be
-    resumed. Masks also depend on the worker; all workers have the same negatives (bilm-tf draws them for each device).
-    """
+    resumed. All workers have the same negatives, so that they update the same rows of Θs (bilm-tf draws them for each
+    device); each has masks of its own."""
     o, target = options, chunk.target.reshape(2, -1)
     if o.sample_softmax:
         rng = np.random.default_rng([seed, step, 1])
-        drawn = [draw_negatives(rng, o.n_negative_samples_batch, n_classes) for _ in range(2)]
-        negatives, n_draws = np.stack([classes for classes, _ in drawn]), np.array([[n] for _, n in drawn])
-        log_q = [log_expected_count(k, n_draws, n_classes) for k in (target, negatives)]
-    else:  # the full softmax is the sampled one with every class drawn
+        negatives, n_draws = zip(*[draw_negatives(rng, o.n_negative_samples_batch, n_classes) for _ in range(2)])
+        log_q = [[log_expected_count(k, n, n_classes) for k, n in zip(classes, n_draws)]
+                 for classes in (target, negatives)]
+    else:  # the full softmax is the sampled one with every class drawn, for sure: q = 1
         negatives = np.tile(np.arange(n_classes), (2, 1))
         log_q = [np.zeros(target.shape), np.zeros(negatives.shape)]
-    not_drawn = [~np.isin(t, k) for t, k in zip(target, negatives)]
+    chars, word_index = fill_tiers(tiers, chunk.words, chunk.word_index)
     shape = (o.n_layers + 1, *chunk.word_index.shape, o.projection) if o.dropout else (0,)
+    # Random bits, 16 for a number: much faster than floating-point numbers.
     bits = np.random.SFC64([seed, step, 2, rank]).random_raw(math.prod(shape) // 4 + 1).view(np.uint16)
-    keep = bits[:math.prod(shape)].reshape(shape) >= np.uint16(o.dropout * 2 ** 16)  # 16 random bits a number
-    return Batch(*fill_tiers(tiers, chunk.words, chunk.word_index), chunk.reset_state.view(np.uint8), target,
-                 negatives.astype(np.int32), *(q.astype(np.float32) for q in log_q),
-                 np.array(not_drawn, np.float32), keep.view(np.uint8))
+    masks = bits[:math.prod(shape)].reshape(shape) >= np.uint16(o.dropout * 2 ** 16)
+    return Batch(chars, word_index, chunk.reset_state.view(np.uint8), target, negatives=np.array(negatives, np.int32),
+                 target_log_q=np.array(log_q[0], np.float32), negative_log_q=np.array(log_q[1], np.float32),
+                 not_drawn=np.array([~np.isin(t, k) for t, k in zip(target, negatives)], np.float32),
+                 masks=masks.view(np.uint8))
 
 
 def training_batches(run, corpus, tiers):
-    """The endless stream of (`Batch`, position of the text streams after it), from where the `Run` (part 10) stands."""
+    """The endless stream of (`Batch`, position of the text streams after it), from where the `Run` (part 11) stands."""
+    rank, size = run.workers.rank, run.workers.size
+
     def make(step_and_chunk):
         step, chunk = step_and_chunk
         return make_batch(chunk, step, tiers, len(run.vocabulary), run.options, run.seed, rank), chunk.position
 
-    rank, size = run.workers.rank, run.workers.size
     streams = Streams(corpus, run.vocabulary, run.options, run.seed, run.position, rank, size)
     return prefetch(enumerate(streams, run.step), make)
 
 
 def make_loss(bilm, tiers):
-    """-> the function from a batch to its loss, and the LSTMs' state after it.
+    """-> the function that computes the loss of a batch, and the LSTMs' state after it.
 
     "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1): it is
     -1/2N Σ_k (log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ..., t_N; Θx, ←Θ_LSTM, Θs)).
     """
     o = bilm.options
 
-    def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target, negatives, target_log_q,
-                negative_log_q, not_drawn, dropout):
-        """W [rows, projection], b [rows]: what the batch needs of Θs; target [2, n], negatives [2, N]: rows of them;
-        the rest as in `Batch`."""
+    def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target_rows, negative_rows, target_log_q,
+                negative_log_q, not_drawn, masks):
+        """W [rows, projection], b [rows]: what the batch needs of Θs; target_rows [2, n], negative_rows [2, N]: the
+        rows of the targets and of the negatives; the rest as in `Batch`."""
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # bilm-tf carries states on for ever. A model trained like that need not learn to begin from the zero state from
-        # which every test and embedding begins; so here a stream begins from it where a chunk begins with a sentence.
-        # (Sentences that begin within a chunk inherit their state, as in bilm-tf.)
+        # bilm-tf never resets a state; then a model need not learn to begin from zero, as each test and embedding does.
+        # Here a stream does where a chunk begins with a sentence. (One that begins within a chunk inherits its state.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
-        masks = [ops.unstack(mask) for mask in ops.unstack(dropout)] if o.dropout else None
+        masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
         outputs, state = bilm.contextualize(x, state, masks=masks)
         loss = 0.0
         for d in (0, 1):
             y = drop(outputs[d][-1], masks[-1][d], o.dropout) if o.dropout else outputs[d][-1]
-            # In place, and so one direction after the other: else the logits of both would take memory at once.
-            loss += loss_scale / 2 * sampled_softmax(y.reshape(-1, o.projection), W, b, target[d], negatives[d],
-                                                     target_log_q[d], negative_log_q[d], not_drawn[d])
+            # A graph keeps assignments in place, +=, in their order: so the logits of one direction are gone before
+            # those of the other need memory.
+            loss += loss_scale / 2 * sampled_softmax(y.reshape(-1, o.projection), W, b, target_rows[d],
+                                                     negative_rows[d], target_log_q[d], negative_log_q[d], not_drawn[d])
         return loss, state
 
     return loss_of
 
 
-def make_update(run, tiers):
-    """-> a training step as one static graph: loss, gradient, clipping, Adagrad.
+def make_step(run, tiers):
+    """-> a function that does one training step with a `Batch` and returns its loss and its gradient's norm, tensors
+    that the device may still be computing."""
+    update = make_update(run, tiers)
 
-    Of Θs and its accumulators it takes only the rows of the batch's classes, in the order of `make_step`'s list of
-    classes. There a class may stand more than once: rows [n] says which of its places is used, and gets its gradient;
-    in the end its new row is copied to all of them.
+    def step(batch):
+        tensors = Batch(*map(Tensor, batch))
+        # Of Θs and its accumulators only the rows of the batch's classes are read and written: those of the negatives
+        # and of all workers' targets. A graph that did it would copy the whole tables, so it is done outside.
+        classes = ops.concat((tensors.negatives.reshape(-1), run.workers.gather(tensors.target).reshape(-1)))
+        touched, rows = [ops.gather(table, classes, 0) for table in run.tables], run.row_of_class(classes)
+        loss, norm, run.lstm_state, touched = update(run.lstm_state, rows, *touched, *tensors)
+        for table, new in zip(run.tables, touched):  # W, b and their accumulators
+            ops.scatter_update(table, classes, new)
+        return loss, norm
+
+    return step
+
+
+def make_update(run, tiers):
+    """-> the computation of a training step as one static graph: loss, gradient, clipping, Adagrad.
+
+    W, b, W_sum and b_sum are rows of Θs and of its accumulators in the order of `make_step`'s classes, where a class
+    may stand more than once (a graph needs fixed shapes). For each place in it, rows says which place of its class
+    counts: for classes 7 2 7 5 it is 2 1 2 3. The loss reads only those, so that they get the whole gradient of their
+    class (as in TensorFlow it is summed before the square); in the end they are copied to the others.
     """
-    o, workers = run.options, run.workers
-    loss_scaler = run.loss_scaler  # of float16, else None
+    o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
-    gradient, adagrad = ms.value_and_grad(make_loss(run.bilm, tiers), (0, 1), weights, has_aux=True), ops.ApplyAdagrad()
+    adagrad = ops.ApplyAdagrad()
+    gradient = ms.value_and_grad(make_loss(run.bilm, tiers), (0, 1), weights, has_aux=True)  # by W, b and the weights
 
     @compiled
     def update(state, rows, W, b, W_sum, b_sum, chars, word_index, reset_state, target, negatives, *rest):
         loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale_value
-        n, n_negatives = target.size, negatives.size
-        first = n_negatives + workers.rank * n  # after the negatives come each worker's targets
-        target, negatives = rows[first:first + n].reshape(2, -1), rows[:n_negatives].reshape(2, -1)
-        (loss, new_state), ((dW, db), grads) = gradient(W, b, state, loss_scale, chars, word_index, reset_state, target,
-                                                        negatives, *rest)
+        first = negatives.size + workers.rank * target.size  # after the negatives come each worker's targets
+        negative_rows = rows[:negatives.size].reshape(2, -1)  # [2, N]
+        target_rows = rows[first:first + target.size].reshape(2, -1)  # [2, n]
+        (loss, new_state), ((dW, db), grads) = gradient(W, b, state, loss_scale, chars, word_index, reset_state,
+                                                        target_rows, negative_rows, *rest)
         loss, dW, db, *grads = workers.mean((loss.reshape(1), dW, db, *grads))
         if loss_scaler is not None:
             loss, dW, db, *grads = [g / loss_scale for g in (loss, dW, db, *grads)]
@@ -642,7 +623,7 @@ def make_update(run, tiers):
             loss_scaler.adjust(finite)
             dW, db, *grads = [ops.where(finite, g, ops.zeros_like(g)) for g in (dW, db, *grads)]
             scale, new_state = ops.where(finite, scale, 0.0), ops.where(finite, new_state, state)
-        # Adagrad: sum += g², w -= learning rate · g / √sum
+        # Adagrad: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf)
         for w, total, g in zip(weights, accumulators, grads):
             adagrad(w, total, o.learning_rate, scale * g)
         W_sum, b_sum = W_sum + ops.square(scale * dW), b_sum + ops.square(scale * db)
@@ -653,33 +634,10 @@ def make_update(run, tiers):
     return update
 
 
-def make_step(run, tiers):
-    """-> a function that does one training step with a `Batch` and returns its loss and its gradient's norm, tensors
-    that the device may still be computing."""
-    update = make_update(run, tiers)
-
-    def step(batch):
-        batch = Batch(*map(Tensor, batch))
-        # The rows of the batch's classes are read and written outside of the graph, which would copy the whole tables.
-        classes = ops.concat((batch.negatives.reshape(-1), run.workers.gather(batch.target).reshape(-1)))
-        touched, rows = [ops.gather(table, classes, 0) for table in run.tables], run.row_of_class(classes)
-        loss, norm, run.lstm_state, touched = update(run.lstm_state, rows, *touched, *batch)
-        for table, new in zip(run.tables, touched):
-            ops.scatter_update(table, classes, new)
-        return loss, norm
-
-    return step
-
-
-def sum_of_squares(x):
-    return ops.square(x.reshape(x.shape[0], -1)).sum(1).sum()  # one axis at a time: several are many times slower
-
-
 def train(args):
     """Trains a biLM (section 3.4) or, with --weights, trains one further: "fine tuning the biLM on domain specific
-    data" (3.4). The loss is the sampled one, lower than that of all words; the held-out perplexities are of all words.
-    """
-    run, corpus, heldout = open_run(args)  # part 10: options, text and weights, and where a resumed run stands
+    data" (3.4)."""
+    run, corpus, heldout = open_run(args)  # part 11: options, text and weights, and where a resumed run stands
     o, workers = run.options, run.workers
     tokens_per_step = o.batch_size * o.unroll_steps * workers.size
     n_predictions = corpus.tokens + corpus.sentences  # a sentence of n tokens has n + 1 in each direction
@@ -690,7 +648,7 @@ def train(args):
         return
     print(f"{n_steps:,} steps of {tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-    tiers = measure_tiers(itertools.islice(Streams(corpus, run.vocabulary, o, run.seed), 20), run.bilm.encoder.widest)
+    tiers = measure_tiers(Streams(corpus, run.vocabulary, o, run.seed))
     step = make_step(run, tiers)
     perplexity = Perplexity(run.bilm, run.softmax, run.vocabulary, heldout, workers) if heldout else None
     batches = training_batches(run, corpus, tiers)
@@ -699,25 +657,24 @@ def train(args):
             loss, norm = step(batch)  # forward and backward, clipping, Adagrad
             run.step, run.position = run.step + 1, position
             run.losses.append((loss, norm))
-            epoch = bisect.bisect_left(epoch_ends, run.step) + 1
-            test_is_due = run.step in epoch_ends or run.step == n_steps
-            log_is_due = test_is_due or run.step % args.log_every == 0
-            is_best = False
+            epoch, is_best = bisect.bisect_left(epoch_ends, run.step) + 1, False
+            epoch_is_over = run.step in epoch_ends or run.step == n_steps
+            log_is_due = epoch_is_over or run.step % args.log_every == 0
             if log_is_due:
-                run.log_loss(args.out, epoch, n_steps, tokens_per_step)  # waits for the device
-            if test_is_due:
-                is_best = run.log_perplexities(args.out, epoch, perplexity and perplexity())
-            # Other workers are asked now and then: asking takes time.
+                run.log_loss(args.out, epoch, n_steps, tokens_per_step)  # the sampled loss; waits for the device
+            if epoch_is_over:
+                scores = perplexity() if perplexity else None  # of all words: higher than the sampled loss says
+                is_best = run.log_perplexities(args.out, epoch, scores)
+            # Of several workers, each knows of the others' signals when all of them log: asking takes time.
             stopping = bool(signals) if workers.size == 1 else log_is_due and workers.any(signals)
-            if test_is_due or stopping or args.save_every and run.step % args.save_every == 0:
+            if epoch_is_over or stopping or (args.save_every and run.step % args.save_every == 0):
                 run.save(args.out, is_best)
             if stopping or run.step == n_steps:
                 break
             if log_is_due or run.clock is None:  # the compilation of the first step is not timed, nor are tests
                 run.clock = run.step, time.perf_counter()
     if run.step < n_steps:
-        print(f"stopped after step {run.step:,}, which is saved; to go on: python {shlex.join(args.argv)}"
-              f"{'' if args.resume else ' --resume'}", flush=True)
+        print_how_to_go_on(args, run.step)
 
 
 class Perplexities(NamedTuple):
@@ -738,7 +695,7 @@ class Perplexity:
     def __init__(self, bilm, softmax, vocabulary, corpus, workers):
         self.options, self.workers = bilm.options, workers
         self.streams = lambda **share: Streams(corpus, vocabulary, bilm.options, **share)
-        self.tiers = tiers = measure_tiers(itertools.islice(self.streams(), 20), bilm.encoder.widest)
+        self.tiers = tiers = measure_tiers(self.streams())
 
         @compiled
         def losses(state, chars, word_index, target):
@@ -764,7 +721,58 @@ class Perplexity:
             return Perplexities(*np.exp([total[0] / n, total[1] / n, sum(total) / (2 * n)]).tolist(), int(n))
 
 
-# ---- 8. Embedding files of sentences ---------------------------------------------------------------------------------
+# ---- 8. MindSpore's peculiarities ------------------------------------------------------------------------------------
+
+def on_cpu():
+    return ms.get_context("device_target") == "CPU"
+
+
+def compiled(function):
+    """The function as a static graph. On Ascend level O1 fuses kernels: each launch takes time."""
+    return ms.jit(function, jit_level="O0" if on_cpu() else "O1")
+
+
+def parameter(name, array):
+    """A float32 parameter with its name in bilm-tf's files."""
+    return Parameter(Tensor(np.asarray(array, np.float32)), name=name)
+
+
+def matmul(x, y, transpose_x=False, transpose_y=False):
+    """x · y, either of them transposed on request. (The gradient of ops.matmul writes out transposed copies.)"""
+    return ops.MatMul(transpose_x, transpose_y)(x, y)
+
+
+def make_matmul(amp):
+    """-> `matmul`, with x and y rounded to "float16" or "bfloat16" unless amp is None; float32 in, float32 out."""
+    if amp is None:
+        return matmul
+    half = getattr(ms, amp)
+    multiplied_as = ms.float32 if on_cpu() else half  # a CPU is slow at half precision
+
+    def rounded_matmul(x, y, transpose_x=False, transpose_y=False):
+        x, y = x.astype(half).astype(multiplied_as), y.astype(half).astype(multiplied_as)
+        return matmul(x, y, transpose_x, transpose_y).astype(ms.float32)
+
+    return rounded_matmul
+
+
+def log(x):
+    return ops.xlogy(ops.ones_like(x), x)  # the last bits of the CPU's ops.log depend on how threads share the work
+
+
+def make_tanh():
+    """-> tanh. MindSpore's own is off by 1e-4 beyond |x| = 4 on a CPU."""
+    def tanh_by_sigmoid(x):
+        return 2 * ops.sigmoid(2 * x) - 1
+
+    return tanh_by_sigmoid if on_cpu() else ops.tanh
+
+
+def sum_of_squares(x):
+    return ops.square(x.reshape(x.shape[0], -1)).sum(1).sum()  # one axis at a time: several are many times slower
+
+
+# ---- 9. Embedding files of sentences ---------------------------------------------------------------------------------
 
 class Embedder:
     """The biLM's layers for any sentences: the same sentence always gets the same vectors.
@@ -780,13 +788,10 @@ class Embedder:
     def __init__(self, bilm):
         self.options, self.index = bilm.options, {}
         self.x = np.empty((0, bilm.options.projection), np.float32)  # representations of the words in index
-        short, whole = self.TIERS
-        is_short = short[1] + bilm.encoder.widest <= MAX_CHARS
-        self.tiers = tiers = (short, whole) if is_short else ((self.WORDS, MAX_CHARS),)
 
         @compiled
         def encode(chars):
-            return bilm.encoder(chars, tiers)
+            return bilm.encoder(chars, self.TIERS)
 
         @compiled
         def read(x, begins, state):
@@ -839,7 +844,7 @@ class Embedder:
         new, x = list(itertools.islice(self.index, known, None)), [self.x]
         for k in range(0, len(new), self.WORDS):
             some = new[k:k + self.WORDS]
-            chars, row = fill_tiers(self.tiers, some, np.arange(len(some)))
+            chars, row = fill_tiers(self.TIERS, some, np.arange(len(some)))
             x.append(self.encode(Tensor(chars)).asnumpy()[row])
         self.x = np.concatenate(x)
         return self.x[rows]
@@ -872,7 +877,7 @@ def sentence_vectors(embedder, path, tokens_at_once=1 << 15):
         raise InputError(f"{path}: is empty; give one sentence a line")
 
 
-# ---- 9. The file formats of bilm-tf and AllenNLP ---------------------------------------------------------------------
+# ---- 10. The file formats of bilm-tf and AllenNLP --------------------------------------------------------------------
 
 JSON_KEYS = {"filters": "char_cnn.filters", "n_highway": "char_cnn.n_highway", "char_dim": "char_cnn.embedding.dim",
              "activation": "char_cnn.activation", "n_layers": "lstm.n_layers", "dim": "lstm.dim",
@@ -1079,7 +1084,7 @@ def export(args):
     print(f"wrote {args.weights} and {options_file}")
 
 
-# ---- 10. A run's folder: checkpoints, resuming, the log --------------------------------------------------------------
+# ---- 11. A run's folder: checkpoints, resuming, the log --------------------------------------------------------------
 
 class Run:
     """What a training run consists of: the model, Adagrad's accumulators, and where it stands."""
@@ -1282,6 +1287,12 @@ def prepare_folder(args, run, corpus, heldout):
     write_json(options_file, content)
 
 
+def print_how_to_go_on(args, step):
+    """What a run that was stopped prints last."""
+    resume = "" if args.resume else " --resume"
+    print(f"stopped after step {step:,}, which is saved; to go on: python {shlex.join(args.argv)}{resume}", flush=True)
+
+
 @contextlib.contextmanager
 def stop_signals():
     """A list to which SIGINT and SIGTERM add, instead of ending the program; the next one ends it."""
@@ -1335,7 +1346,7 @@ def test(args):
     print(Perplexity(bilm, softmax, vocabulary, Corpus(args.data), Workers())())
 
 
-# ---- 11. Several devices ---------------------------------------------------------------------------------------------
+# ---- 12. Several devices ---------------------------------------------------------------------------------------------
 
 @ms.jit_class  # so that graphs may call it
 class Workers:
@@ -1382,7 +1393,7 @@ class Workers:
         return self.sum([float(bool(condition))])[0] > 0
 
 
-# ---- 12. Command line ------------------------------------------------------------------------------------------------
+# ---- 13. Command line ------------------------------------------------------------------------------------------------
 
 COMMANDS = {"train": train, "test": test, "embed": embed, "export": export}
 HELP = {"train": "train (the default)", "test": "perplexity of held-out text", "embed": "vectors of sentences",
