@@ -498,6 +498,12 @@ class Corpus:
             raise InputError(f"{path}: damaged, it or {path}.db; convert the text again")
         if name != os.path.basename(self.path):  # MindRecord would look for that name, and read what it finds there
             raise InputError(f"{path}: was written as {name}, and needs that name; give it back to it and its .db")
+        self.files = self.identify()
+
+    def identify(self):
+        """What tells whether the file or its index was replaced."""
+        return [(about.st_ino, about.st_size, about.st_mtime_ns) for about in (
+            os.stat(self.path), os.stat(self.path + ".db"))]
 
     def read(self, records):
         """Yields the sentences of these numbers, in their order, each a list of words."""
@@ -506,12 +512,14 @@ class Corpus:
         for start in range(0, len(records), n):
             sampler = mindspore.dataset.SubsetSampler(records[start:start + n])
             try:
+                if self.identify() != self.files:
+                    raise ValueError
                 chunk = mindspore.dataset.MindDataset(self.path, ["text"], num_parallel_workers=min(2, os.cpu_count()),
                                                       sampler=sampler)
                 for text, in chunk.create_tuple_iterator(num_epochs=1, output_numpy=True):
                     yield text.tobytes().decode("utf-8").split()
-            except (RuntimeError, ValueError):  # MindSpore's message is many lines
-                raise InputError(f"{self.path}: can no longer be read; is it still there?") from None
+            except (RuntimeError, ValueError, OSError):  # MindSpore's message is many lines
+                raise InputError(f"{self.path}: can no longer be read; was it moved or replaced?") from None
 
 
 # ---- 8. Command line -----------------------------------------------------------------------------------------------
@@ -580,7 +588,7 @@ def check_outputs(outputs, inputs, overwrite):
             raise InputError(f"{path}: is an input or another output of this command; choose another name")
         if os.path.exists(path) and not overwrite:
             raise InputError(f"{path}: exists; choose another name or say --overwrite")
-        if os.path.exists(path) and re.fullmatch(RUN_FILE, name) and is_run(folder):
+        if re.fullmatch(RUN_FILE, name) and is_run(folder):
             raise InputError(f"{path}: belongs to a training run; choose another name")
         taken.add(os.path.join(folder, name))
 
@@ -601,7 +609,7 @@ def parse_arguments(argv):
     parser = ArgumentParser(
         prog="data.py", description="Convert text to the MindRecord file that elmo.py trains from.")
     add = parser.add_argument
-    add("--input", "--input_file", nargs="+", metavar="PATH", default=[], type=file_name,
+    add("--input", "--input_file", nargs="+", action="extend", metavar="PATH", default=[], type=file_name,
         help="files, folders, globs, - for standard input; .gz is unpacked. UTF-8, one sentence a line, white space "
              "between tokens (default: the docstrings of Python's library, and --heldout heldout.mindrecord)")
     add("--raw", action="store_true", help="the input is prose in paragraphs: find sentences and words")

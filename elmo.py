@@ -31,7 +31,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -1282,8 +1281,8 @@ def prepare_folder(args, run, corpus, heldout):
         if re.fullmatch(rf"{RUN_FILE}\.\d+\.part", name):  # of a run that was killed
             os.remove(os.path.join(args.out, name))
     if not os.path.exists(vocabulary):
-        with written(vocabulary) as draft:
-            shutil.copyfile(args.vocab, draft)
+        with written(vocabulary) as draft, open(draft, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(word + "\n" for word in run.vocabulary.words)  # --vocab may be compressed
     write_json(options_file, content)
 
 

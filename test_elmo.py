@@ -1609,7 +1609,7 @@ def test_a_run_killed_at_eight_places_and_resumed_ends_as_one_that_was_not(text,
     out, command, end = Path("model"), training(text, "model"), text.ends[0]
     out.mkdir()
     (out / "vocab.1.part").write_text("what a kill at the very start leaves behind")
-    killed(monkeypatch, shutil, "copyfile", 1, *command)  # before the vocabulary is there
+    killed(monkeypatch, os, "replace", 1, *command)  # before the vocabulary is there
     killed(monkeypatch, elmo, "write_json", 1, *command)  # before the folder is a run
     assert run(*command, "--resume")[0] == 2
     killed(monkeypatch, FakeStep, "__call__", 10, *command)  # before the first checkpoint
@@ -1669,6 +1669,13 @@ def test_resuming_takes_what_the_command_line_leaves_open_from_the_run(text, uni
         os.symlink(text.folder / f"heldout.mindrecord{end}", f"heldout.mindrecord{end}")
     assert "resuming after step 3" in succeed("--device", "CPU", "--out", "model", "--resume", "--steps", 5)
     assert elmo.checkpoints("model") == ["model/step-3.npz", "model/step-5.npz"] and FakePerplexity.seen == []
+
+
+def test_a_run_with_a_compressed_vocabulary_is_resumed(text, fake):
+    write("v.gz", gzip.compress((text.folder / "vocab").read_bytes()))
+    succeed(*training(text, "model", "--vocab", "v.gz", "--steps", 3))
+    assert "resuming after step 3" in succeed("--device", "CPU", "--out", "model", "--resume", "--steps", 5)
+    assert Path("model/vocab").read_bytes() == (text.folder / "vocab").read_bytes()
 
 
 def test_resuming_a_run_that_is_over_changes_nothing(uninterrupted, fake):
@@ -2066,7 +2073,7 @@ def test_input_is_files_folders_globs_gz_and_standard_input(folder, monkeypatch)
     write("b/c/x.gz", gzip.compress("\ufeffthe three\n".encode()))
     for extra in ([], ["--build-vocab", "--min-count", "1", "--vocab", "new"]):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the five\n")))
-        convert("--input", "a*.txt", "a1.txt", "b", "-", "--overwrite", *extra)
+        convert("--input", "a*.txt", "a1.txt", "--input", "b", "-", "--overwrite", *extra)
         assert sentences_of() == [["the", word] for word in ("one", "two", "three", "four", "five")]
 
 
@@ -2232,11 +2239,13 @@ def overwrite(path, start, content):
         file.write(content)
 
 
-def test_a_mindrecord_that_goes_away_while_it_is_read_is_one_line(converted):
+def test_a_mindrecord_that_goes_away_or_is_replaced_while_it_is_read_is_one_line(converted):
     corpus = data.Corpus("train.mindrecord")
-    os.remove("train.mindrecord")
-    with pytest.raises(data.InputError, match="can no longer be read"):
-        list(corpus.read([0]))
+    write("b.txt", "on the mat\n" * 500)
+    for harm in (lambda: convert("--input", "b.txt", "--overwrite"), lambda: os.remove("train.mindrecord")):
+        harm()
+        with pytest.raises(data.InputError, match="can no longer be read"):
+            list(corpus.read([0]))
 
 
 def test_an_interrupt_leaves_nothing_behind(folder, monkeypatch):
@@ -2551,6 +2560,7 @@ MALFORMED = [
      "elmo_weights.hdf5: is an input"),
     (elmo, changed(EMBED, "new.npz", "../model/best.npz --overwrite"), "best.npz: is an input"),
     (elmo, changed(EMBED, "new.npz", "begun/step-90.npz --overwrite"), "step-90.npz: belongs to a training run"),
+    (elmo, changed(EMBED, "new.npz", "begun/step-999.npz"), "step-999.npz: belongs to a training run"),
     (elmo, changed(EXPORT, "new.hdf5", "../model/best.npz --overwrite"), "best.npz: the name must end in .hdf5"),
     # Flags
     (data, CONVERT + " --what", "unrecognized arguments: --what"),
