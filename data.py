@@ -487,6 +487,7 @@ class Corpus:
             if not os.path.isfile(file):
                 raise InputError(f"{file}: no such file; data.py writes it")
         self.path = os.path.realpath(path)  # MindRecord looks for the index beside the file, not beside a link to it
+        self.files = self.identify()  # before its checksum is compared
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - TOTALS - 4))
             totals, expected = file.read(TOTALS), file.read(4)
@@ -498,7 +499,6 @@ class Corpus:
             raise InputError(f"{path}: damaged, it or {path}.db; convert the text again")
         if name != os.path.basename(self.path):  # MindRecord would look for that name, and read what it finds there
             raise InputError(f"{path}: was written as {name}, and needs that name; give it back to it and its .db")
-        self.files = self.identify()
 
     def identify(self):
         """What tells whether the file or its index was replaced."""

@@ -118,8 +118,7 @@ class CharEncoder(nn.Cell):
                                                               ("b_transform", np.zeros(n_filters)))])
         self.projection = ms.ParameterTuple([parameter("CNN_proj/W_proj", normal(n_filters, o.projection)),
                                              parameter("CNN_proj/b_proj", np.zeros(o.projection))])
-        # Added to the scores, so that no filter wins where it reaches beyond character 50. (Less would do; -inf has no
-        # gradient.)
+        # Added to the scores, so that no filter wins where it reaches beyond character 50.
         widths = np.repeat([width for width, _ in o.filters], [n for _, n in o.filters])  # of each filter
         self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] + widths > MAX_CHARS, -1e4, 0)[:, None], ms.float32)
 
