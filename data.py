@@ -64,14 +64,20 @@ def char_ids(word):
 
 def batch_to_ids(sentences):
     """Character ids of tokenized sentences (lists of words): Tensor int32 [sentences, longest, 50], 0 behind each."""
-    if any(isinstance(sentence, str) for sentence in [sentences, *sentences]):
-        raise ValueError(f"batch_to_ids takes a list of lists of words, not {sentences!r:.80}; split sentences first")
+    check_sentences(sentences)
     import mindspore
     ids = np.zeros((len(sentences), max(map(len, sentences), default=0), MAX_CHARS), np.int32)
     for sentence, words in zip(ids, sentences):
         for k, word in enumerate(words):
             sentence[k] = char_ids(word)
     return mindspore.Tensor(ids)
+
+
+def check_sentences(sentences):
+    """ValueError unless they are a list of lists of words; a string would be read as words of one letter."""
+    if isinstance(sentences, str) or any(isinstance(words, str) or not all(isinstance(word, str) for word in words)
+                                         for words in sentences):
+        raise ValueError(f"give a list of lists of words, not {sentences!r:.80}; split sentences first")
 
 
 # ---- 2. Vocabulary: the words that the softmax can predict, the most frequent first --------------------------------
@@ -319,8 +325,10 @@ def open_text(path, max_line=-1):
         except UnicodeDecodeError:
             raise InputError(f"{path}: line {number} is not UTF-8; convert it") from None
 
+    if path == "-" and sys.stdin is None:
+        raise InputError("-: standard input is closed; name a file")
     opened = contextlib.nullcontext(sys.stdin.buffer) if path == "-" else \
-        gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+        gzip.open(path) if os.fspath(path).endswith(".gz") else open(path, "rb")
     with opened as file:
         line, number = b"", 1
         try:
@@ -340,23 +348,37 @@ def open_text(path, max_line=-1):
 
 
 def find_inputs(patterns):
-    """The files that --input names: files, folders, globs, -. InputError where there are none, or empty ones."""
-    inputs = []
+    """The files that --input names: files, folders, globs, -; each once, whatever names lead to it. InputError where
+    there are none, or empty ones."""
+    inputs = {}
     for pattern in patterns:
-        found = []
         is_path = os.path.exists(pattern) or pattern == "-"
+        found = []
         for path in [pattern] if is_path else sorted(glob.glob(pattern, recursive=True)):
-            if os.path.isdir(path):
-                found += sorted(os.path.join(folder, name)
-                                for folder, _, names in os.walk(path) for name in names)
-            elif os.path.isfile(path) and os.path.getsize(path) == 0:
+            if os.path.isfile(path) and os.path.getsize(path) == 0:
                 raise InputError(f"{path}: an empty file; check --input")
-            else:
-                found.append(path)
+            found += files_in(path) if os.path.isdir(path) else [path]
         if not found:
             raise InputError(f"{pattern}: no such file, or a folder without files; check --input")
-        inputs += found
-    return list(dict.fromkeys(inputs))
+        for path in found:
+            inputs.setdefault(os.path.realpath(path), path)
+    return list(inputs.values())
+
+
+def files_in(folder):
+    """The files in a folder and its subfolders. InputError for what would be left out without a word: subfolders that
+    cannot be read or are links, pipes."""
+    def refuse(error):
+        raise error
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        paths = [os.path.join(parent, name) for name in sorted(names + folders)]
+        found += [path for path in paths if os.path.islink(path) or not os.path.isdir(path)]
+    for path in found:
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: neither a file nor a folder; name what is meant in --input")
+    return sorted(found)
 
 
 def docstring_lines():
@@ -535,13 +557,15 @@ def file_name(text):
     """The type of arguments that are paths."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("an empty path; is a variable of your shell not set?")
+    if text != text.encode(errors="ignore").decode():
+        raise argparse.ArgumentTypeError("a name that is not UTF-8; rename it")
     return text
 
 
 def natural(text, least=1):
-    """The type of arguments that are 1 or more."""
-    if not least <= int(text) < 1 << 40:
-        raise ValueError
+    """The type of arguments that are whole numbers, 1 or more."""
+    if not text.isdecimal() or not least <= int(text) < 1 << 40:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} or more")
     return int(text)
 
 
@@ -630,6 +654,8 @@ def parse_arguments(argv):
         parser.error("--min-count and --max-vocab go with --build-vocab")
     if not args.input:
         args.heldout = args.heldout or "heldout.mindrecord"
+    if args.build_vocab and args.vocab and args.vocab.endswith(".gz"):
+        parser.error(f"--vocab {args.vocab}: --build-vocab does not compress; give it another name")
     if args.heldout_share is not None and not (args.heldout and 0 < args.heldout_share < 1):
         parser.error("--heldout-share X goes with --heldout, 0 < X < 1")
     if not args.vocab:

@@ -24,6 +24,7 @@ import argparse
 import bisect
 import contextlib
 import errno
+import functools
 import heapq
 import itertools
 import json
@@ -42,8 +43,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data import (MAX_CHARS, RUN_FILE, SPECIAL, ArgumentParser, Corpus, InputError, Streams, Vocabulary, char_ids,
-                  check_outputs, file_name, fill_tiers, has_room, measure_tiers, natural, open_text, prefetch,
-                  run_program, with_progress)  # before mindspore: it quiets MindSpore's log
+                  check_outputs, check_sentences, file_name, fill_tiers, has_room, measure_tiers, natural, open_text,
+                  prefetch, run_program, with_progress)  # before mindspore: it quiets MindSpore's log
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -170,8 +171,8 @@ class Recurrence(nn.Cell):
         c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
         h = clip((sigmoid(o) · tanh(c)) · W_P)          the forget gate's + 1 and the clips are bilm-tf's
 
-    For speed, bprop is the backward pass: each weight's gradient is one product over all time steps, not a sum of one
-    for each. It returns a gradient for each input of construct, which is why the weights are inputs.
+    bprop is the backward pass, written out for speed: each weight's gradient is one product over all time steps, where
+    MindSpore's own would be a sum of one for each. bprop returns gradients of inputs only: so the weights are inputs.
     """
 
     def __init__(self, cell_clip, proj_clip, amp=None):
@@ -181,8 +182,9 @@ class Recurrence(nn.Cell):
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
-        W_P [dim, projection] -> h of all time steps, [time, batch, projection]; and what bprop needs of each step."""
-        steps = ()
+        W_P [dim, projection] -> h after all time steps, [time, batch, projection]; lists of h and of c after each; and
+        what else bprop needs of each."""
+        hs, cs, saved = (), (), ()
         for x_t in ops.unstack(x):  # x[t] would be slow
             x_h = ops.concat((x_t, h), 1)  # [batch, input + projection]
             i, j, f, o = ops.split(self.bias_add(self.matmul(x_h, W), B), c.shape[1], 1)  # [batch, dim] each
@@ -190,32 +192,33 @@ class Recurrence(nn.Cell):
             c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
             u = self.tanh(c)
             h = ops.clamp(self.matmul(o * u, W_P), -self.proj_clip, self.proj_clip)  # [batch, projection]
-            steps += ((x_h, i, j, f, o, u, c, h),)
-        return ops.stack([step[-1] for step in steps]), steps
+            hs, cs, saved = hs + (h,), cs + (c,), saved + ((x_h, i, j, f, o, u),)
+        return ops.stack(hs), hs, cs, saved
 
     def bprop(self, x, h, c, W, B, W_P, out, dout):
-        """dz is the gradient of z. None flows in through `steps`, whose last state goes on to the next chunk:
-        backpropagation ends there."""
-        c_first, steps, dh_outside = c, out[1], ops.unstack(dout[0])
-        dh, dc, dx, dgates, dhs = ops.zeros_like(h), ops.zeros_like(c), (), (), ()
-        for t in range(len(steps) - 1, -1, -1):
-            _, i, j, f, o, u, c, h = steps[t]
-            c_before = steps[t - 1][-2] if t else c_first
+        """dz is the gradient of z. None comes in through the lists of h and c, the last of which go on to the next
+        chunk: backpropagation ends there."""
+        _, hs, cs, saved = out
+        cs = (c,) + cs  # cs[t] is what step t begins with, cs[t + 1] what it makes
+        dh_outside, dh, dc = ops.unstack(dout[0]), ops.zeros_like(h), ops.zeros_like(c)
+        dx, x_hs, dgates, ous, dhs = (), (), (), (), ()
+        for t in range(len(saved) - 1, -1, -1):
+            x_h, i, j, f, o, u = saved[t]
             dh = dh_outside[t] + dh
-            dh = ops.select(ops.abs(h) < self.proj_clip, dh, ops.zeros_like(dh))  # no gradient where h was clipped
+            dh = ops.select(ops.abs(hs[t]) < self.proj_clip, dh, ops.zeros_like(dh))  # no gradient where h was clipped
             dou = self.matmul(dh, W_P, transpose_y=True)
             dc = dc + dou * o * (1 - u * u)
-            dc = ops.select(ops.abs(c) < self.cell_clip, dc, ops.zeros_like(dc))
-            dgate = ops.concat((dc * i * j * (1 - i), dc * i * (1 - j * j), dc * f * c_before * (1 - f),
+            dc = ops.select(ops.abs(cs[t + 1]) < self.cell_clip, dc, ops.zeros_like(dc))
+            dgate = ops.concat((dc * i * j * (1 - i), dc * i * (1 - j * j), dc * f * cs[t] * (1 - f),
                                 dou * o * u * (1 - o)), 1)  # of i, j, f, o before sigmoid and tanh, [batch, 4 dim]
             dx_h = self.matmul(dgate, W, transpose_y=True)  # [batch, input + projection]
-            dhs, dgates, dx = (dh,) + dhs, (dgate,) + dgates, (dx_h[:, :x.shape[2]],) + dx
+            x_hs, dgates, ous, dhs = x_hs + (x_h,), dgates + (dgate,), ous + (o * u,), dhs + (dh,)
+            dx = (dx_h[:, :x.shape[2]],) + dx
             dc, dh = dc * f, dx_h[:, x.shape[2]:]
-        x_h, ou = ops.concat([step[0] for step in steps]), ops.concat([step[4] * step[5] for step in steps])  # o · u
-        dgates = ops.concat(dgates)  # [time · batch, 4 dim]
+        x_hs, dgates, ous, dhs = ops.concat(x_hs), ops.concat(dgates), ops.concat(ous), ops.concat(dhs)
         ones = ops.ones((1, dgates.shape[0]), dgates.dtype)  # ones · dgates, twice as fast as dgates.sum(0)
-        return (ops.stack(dx), ops.zeros_like(h), ops.zeros_like(c_first), self.matmul(x_h, dgates, transpose_x=True),
-                self.matmul(ones, dgates)[0], self.matmul(ou, ops.concat(dhs), transpose_x=True))
+        return (ops.stack(dx), ops.zeros_like(h), ops.zeros_like(c), self.matmul(x_hs, dgates, transpose_x=True),
+                self.matmul(ones, dgates)[0], self.matmul(ous, dhs, transpose_x=True))
 
 
 class ProjectedLSTM(nn.Cell):
@@ -235,12 +238,12 @@ class ProjectedLSTM(nn.Cell):
         the state after the last one, or, with lengths (int32 [batch]), after each row's own last."""
         W, B, W_P = self.weights
         h, c = ops.split(state, [W_P.shape[1], W_P.shape[0]], 1)
-        hs, steps = self.recurrence(x, h, c, W, B, W_P)
+        y, hs, cs, _ = self.recurrence(x, h, c, W, B, W_P)
         if lengths is None:
-            return hs, ops.concat((steps[-1][-1], steps[-1][-2]), 1)
-        states = ops.stack([ops.concat((step[-1], step[-2]), 1) for step in steps])  # [time, batch, projection + dim]
+            return y, ops.concat((hs[-1], cs[-1]), 1)
+        states = ops.concat((y, ops.stack(cs)), 2)  # [time, batch, projection + dim]
         last = (lengths - 1).reshape(1, -1, 1).tile((1, 1, states.shape[2]))
-        return hs, ops.gather_d(states, 0, last)[0]
+        return y, ops.stop_gradient(ops.gather_d(states, 0, last)[0])
 
 
 # ---- 4. Bidirectional language model ---------------------------------------------------------------------------------
@@ -331,37 +334,6 @@ def drop(x, mask, rate):
 
 # ---- 5. Softmax, full and sampled ------------------------------------------------------------------------------------
 
-class LogSumExp(nn.Cell):
-    """log Σ_k exp(y · W_k): y [n, projection], W [classes, projection] -> [n].
-
-    The logits, [n, classes], are the largest tensor of a step: to save memory, bprop computes them again, and for speed
-    they are touched as seldom as possible.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.softmax = ops.Softmax()
-
-    def construct(self, y, W):
-        z = matmul(y, W, transpose_y=True)  # [n, classes]
-        # softmax(z)_k = exp z_k / Σ exp z, so log Σ exp z = z_k - log softmax(z)_k; softmax is one kernel, and its
-        # largest number the most precise.
-        return z.max(axis=1) - log(self.softmax(z).max(axis=1))
-
-    def bprop(self, y, W, out, dout):
-        p, dout = self.softmax(matmul(y, W, transpose_y=True)), dout.reshape(-1, 1)  # d log Σ exp z / dz = softmax(z)
-        return dout * matmul(p, W), matmul(p, dout * y, transpose_x=True)
-
-
-log_sum_exp_of_product = LogSumExp()
-
-
-def log_sum_exp(y, W, b):
-    """log Σ_k exp(y · W_k + b_k), with b [classes] as one more column of W: adding it to the logits takes longer."""
-    y = ops.concat((y, ops.ones((y.shape[0], 1), y.dtype)), 1)
-    return log_sum_exp_of_product(y, ops.concat((W, b.reshape(-1, 1)), 1))
-
-
 class Softmax(nn.Cell):
     """"The top layer LSTM output ... is used to predict the next token t_k+1 with a Softmax layer" (section 3.1), of
     parameters Θs for both directions: W [classes, projection], b [classes], a class for each word of the vocabulary."""
@@ -432,8 +404,8 @@ class ScalarMix(nn.Cell):
     def __init__(self, mixture_size, do_layer_norm=False, initial_scalar_parameters=None, trainable=True):
         super().__init__()
         w = np.zeros(mixture_size) if initial_scalar_parameters is None else np.asarray(initial_scalar_parameters)
-        if w.shape != (mixture_size,):
-            raise ValueError(f"a mix of {mixture_size} layers takes {mixture_size} parameters, not {list(w.shape)}")
+        if w.shape != (mixture_size,) or not mixture_size or not np.isfinite(w).all():
+            raise ValueError(f"a mix of {mixture_size} layers takes {mixture_size} finite parameters, not {w.tolist()}")
         self.mixture_size, self.do_layer_norm = mixture_size, do_layer_norm
         self.scalar_parameters, self.gamma = parameter("scalar_parameters", w), parameter("gamma", np.ones(1))
         self.scalar_parameters.requires_grad = self.gamma.requires_grad = trainable
@@ -468,6 +440,8 @@ class Elmo(nn.Cell):
     def __init__(self, options_file, weight_file, num_output_representations, requires_grad=False, do_layer_norm=False,
                  dropout=0.5, vocab_to_cache=None, keep_sentence_boundaries=False, scalar_mix_parameters=None):
         super().__init__()
+        if num_output_representations < 1:
+            raise ValueError(f"num_output_representations is {num_output_representations}; ask for 1 or more")
         if vocab_to_cache is not None:
             print("Elmo: vocab_to_cache is not needed: a batch's words are encoded as they come", file=sys.stderr)
         self.bilm = BiLM(options_file, weight_file)
@@ -648,7 +622,7 @@ def train(args):
 
     tiers = measure_tiers(Streams(corpus, run.vocabulary, o, run.seed))
     step = make_step(run, tiers)
-    perplexity = Perplexity(run.bilm, run.softmax, run.vocabulary, heldout, workers) if heldout else None
+    perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, workers) if heldout else None
     batches = training_batches(run, corpus, tiers)
     with stop_signals() as signals, contextlib.closing(batches):
         for batch, position in batches:
@@ -686,37 +660,33 @@ class Perplexities(NamedTuple):
                 f"over {self.predictions} predictions")
 
 
-class Perplexity:
-    """Measures the perplexities of a corpus under the full softmax, every prediction counted once, without dropout.
-    Several workers share the corpus."""
+def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
+    """-> the function that measures the `Perplexities` of a corpus: under the full softmax, every prediction counted
+    once, without dropout. Several workers share the corpus."""
+    streams = functools.partial(Streams, corpus, vocabulary, bilm.options)
+    tiers = measure_tiers(streams())
 
-    def __init__(self, bilm, softmax, vocabulary, corpus, workers):
-        self.options, self.workers = bilm.options, workers
-        self.streams = lambda **share: Streams(corpus, vocabulary, bilm.options, **share)
-        self.tiers = tiers = measure_tiers(self.streams())
+    @compiled
+    def losses(state, chars, word_index, target):
+        """-log p of a chunk's predictions, [2, time · batch]."""
+        x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
+        outputs, state = bilm.contextualize(x, state)
+        return ops.stack([softmax(layers[-1].reshape(-1, x.shape[-1]), target[direction].reshape(-1))
+                          for direction, layers in enumerate(outputs)]), state
 
-        @compiled
-        def losses(state, chars, word_index, target):
-            """-log p of a chunk's predictions, [2, time · batch]."""
-            x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-            outputs, state = bilm.contextualize(x, state)
-            return ops.stack([softmax(y[-1].reshape(-1, y[-1].shape[-1]), target[d].reshape(-1))
-                              for d, y in enumerate(outputs)]), state
-
-        self.losses = losses
-
-    def __call__(self):
+    def perplexity():
         # As in bilm-tf the state of a stream is carried on from sentence to sentence.
-        total, n, state = np.zeros(2), 0, zero_state(self.options, self.options.batch_size)
-        chunks = self.streams(rank=self.workers.rank, size=self.workers.size)
-        for inputs, target, valid in prefetch(chunks, lambda chunk: (
-                fill_tiers(self.tiers, chunk.words, chunk.word_index), chunk.target, chunk.valid)):
-            loss, state = self.losses(state, *map(Tensor, inputs), Tensor(target))
+        total, n, state = np.zeros(2), 0, zero_state(bilm.options, bilm.options.batch_size)
+        for inputs, target, valid in prefetch(streams(rank=workers.rank, size=workers.size), lambda chunk: (
+                fill_tiers(tiers, chunk.words, chunk.word_index), chunk.target, chunk.valid)):
+            loss, state = losses(state, *map(Tensor, inputs), Tensor(target))
             total += loss.asnumpy().astype(np.float64)[:, valid.reshape(-1)].sum(1)
             n += int(valid.sum())
-        *total, n = self.workers.sum([*total, n])
+        *total, n = workers.sum([*total, n])
         with np.errstate(over="ignore"):  # inf for a model that has diverged
             return Perplexities(*np.exp([total[0] / n, total[1] / n, sum(total) / (2 * n)]).tolist(), int(n))
+
+    return perplexity
 
 
 # ---- 8. MindSpore's peculiarities ------------------------------------------------------------------------------------
@@ -744,6 +714,8 @@ def make_matmul(amp):
     """-> `matmul`, with x and y rounded to "float16" or "bfloat16" unless amp is None; float32 in, float32 out."""
     if amp is None:
         return matmul
+    if amp not in ("float16", "bfloat16"):
+        raise ValueError(f'amp is {amp!r}, but must be None, "float16" or "bfloat16"')
     half = getattr(ms, amp)
     multiplied_as = ms.float32 if on_cpu() else half  # a CPU is slow at half precision
 
@@ -768,6 +740,37 @@ def make_tanh():
 
 def sum_of_squares(x):
     return ops.square(x.reshape(x.shape[0], -1)).sum(1).sum()  # one axis at a time: several are many times slower
+
+
+class LogSumExp(nn.Cell):
+    """log Σ_k exp(y · W_k): y [n, projection], W [classes, projection] -> [n].
+
+    The logits, [n, classes], are the largest tensor of a step: to save memory, bprop computes them again.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.softmax = ops.Softmax()
+
+    def construct(self, y, W):
+        z = matmul(y, W, transpose_y=True)  # [n, classes]
+        # softmax(z)_k = exp z_k / Σ exp z, so log Σ exp z = z_k - log softmax(z)_k; softmax is one kernel, and its
+        # largest number the most precise.
+        return z.max(axis=1) - log(self.softmax(z).max(axis=1))
+
+    def bprop(self, y, W, out, dout):
+        p, dout = self.softmax(matmul(y, W, transpose_y=True)), dout.reshape(-1, 1)  # d log Σ exp z / dz = softmax(z)
+        return dout * matmul(p, W), matmul(p, dout * y, transpose_x=True)
+
+
+log_sum_exp_of_product = LogSumExp()
+
+
+def log_sum_exp(y, W, b):
+    """log Σ_k exp(y · W_k + b_k): y [n, projection], W [classes, projection], b [classes] -> [n]."""
+    # As one more column of W: to add b to the logits takes longer.
+    y = ops.concat((y, ops.ones((y.shape[0], 1), y.dtype)), 1)
+    return log_sum_exp_of_product(y, ops.concat((W, b.reshape(-1, 1)), 1))
 
 
 # ---- 9. Embedding files of sentences ---------------------------------------------------------------------------------
@@ -800,6 +803,7 @@ class Embedder:
 
     def __call__(self, sentences):
         """Lists of words -> a list of float32 [layers + 1, words, 2 · projection], h_0 ... h_L of equation 1."""
+        check_sentences(sentences)
         n_layers, size = self.options.n_layers, self.options.projection
         text = [["<S>", *words, "</S>"] for words in sentences]
         ends = np.cumsum([0, *map(len, text)])
@@ -895,7 +899,7 @@ def check_options(options):
             if not (isinstance(value, tuple) and value and all(
                     isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair)
                     and 1 <= pair[0] <= MAX_CHARS and 1 <= pair[1] <= 65536 for pair in value)):
-                raise InputError(f"{key} must be [[width, number], ...], a width 1 to {MAX_CHARS}")
+                raise InputError(f"{key} must be [[width, number], ...] (tuples in Python), a width 1 to {MAX_CHARS}")
         elif f.name == "activation":
             if value not in ("relu", "tanh"):
                 raise InputError(f"{key} is {value!r:.40}, but must be relu or tanh")
@@ -927,9 +931,14 @@ def read_options(path):
             values[f.name] = value
         elif "." in key:
             raise InputError(f"{path}: lacks {key}, which the model's shape depends on")
-    for key, known in (("char_cnn.max_characters_per_token", (MAX_CHARS,)), ("char_cnn.n_characters", (261, 262))):
+    fixed = {"char_cnn.max_characters_per_token": (MAX_CHARS,), "char_cnn.n_characters": (261, 262),
+             "bidirectional": (True,)}
+    for key, known in fixed.items():
         if look_up(content, key) not in (None, *known):
-            raise InputError(f"{path}: {key} must be {known[0]}, as in every published model")
+            raise InputError(f"{path}: {key} must be {json.dumps(known[0])}, as in every published model")
+    unknown = sorted(keys_of(content) - {JSON_KEYS.get(f.name, f.name) for f in fields(Options)} - {*fixed, "run"})
+    if unknown:
+        print(f"{path}: ignores {', '.join(unknown)}", file=sys.stderr)
     try:
         values["filters"] = tuple(tuple(pair) for pair in values["filters"])
     except TypeError:
@@ -940,9 +949,15 @@ def read_options(path):
         raise InputError(f"{path}: {error}") from None
 
 
+def keys_of(content):
+    """The keys of nested dictionaries, as a.b.c; those in "run" are the run's own."""
+    return {f"{key}.{inner}" if inner else key for key, value in content.items()
+            for inner in (keys_of(value) if isinstance(value, dict) and key != "run" else [""])}
+
+
 def read_json(path):
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); correct it, or choose a --size") from None
@@ -988,7 +1003,7 @@ def import_h5py(path):
 @contextlib.contextmanager
 def open_arrays(path):
     """Opens a .npz or .hdf5 file -> the names in it, and a function that reads the array of a name."""
-    if path.endswith(".npz"):
+    if os.fspath(path).endswith(".npz"):
         with zipfile.ZipFile(path) as archive:
             def read(name):
                 with archive.open(name + ".npy") as member:
@@ -1100,6 +1115,7 @@ class Run:
         self.step, self.position, self.best = 0, None, math.inf
         self.losses = []   # (loss, norm) of each step since the last line of the log
         self.log = []      # lines of log.csv
+        self.own_checkpoints = set()  # those that stood in the folder when this process last looked
         self.clock = None  # (step, time) from which the speed is measured
 
     def row_of_class(self, classes):
@@ -1161,8 +1177,11 @@ class Run:
         positions = self.workers.gather(Tensor(self.position)).asnumpy()
         if self.workers.rank:
             return
+        if not set(checkpoints(folder)) <= self.own_checkpoints:
+            raise InputError(f"{folder}: another process trains this run, too; it goes on, this one stops")
         about = {"step": self.step, "positions": positions, "best": self.best, "losses": np.reshape(losses, (-1, 2)),
                  "lstm_states": states, "log": "\n".join(self.log),
+                 "trained_with": trained_with(self.options, self.vocabulary),
                  "n_finite": self.loss_scaler.counter.asnumpy() if self.loss_scaler else 0}
         # The best first: after a crash between the two, this epoch ends again and is the best again.
         for name in ["best.npz"] * is_best + [f"step-{self.step}.npz"]:
@@ -1171,17 +1190,20 @@ class Run:
                 ((published_name(p), p.asnumpy()) for p in self.parameters())))
         for old in checkpoints(folder)[:-2]:
             os.remove(old)
+        self.own_checkpoints = set(checkpoints(folder))
 
     def resume(self, folder):
         """Takes over the last checkpoint that is whole; where there is none yet, the run begins."""
+        self.own_checkpoints = set(checkpoints(folder))
         for path in reversed(checkpoints(folder)):
             try:
-                step, best, losses, positions, states, log, n_finite = load_weights(
+                step, best, losses, positions, states, log, n_finite, before = load_weights(
                     path, parameters=self.parameters(), about=(
-                        "step", "best", "losses", "positions", "lstm_states", "log", "n_finite"))
+                        "step", "best", "losses", "positions", "lstm_states", "log", "n_finite", "trained_with"))
             except InputError as error:
                 print(f"{error}; trying the one before", flush=True)
                 continue
+            check_trained_with(folder, before, trained_with(self.options, self.vocabulary))
             self.step, self.best, self.losses, self.log = int(step), float(best), losses.tolist(), str(log).splitlines()
             self.position, self.lstm_state = positions[self.workers.rank], Tensor(states[self.workers.rank])
             if self.loss_scaler:
@@ -1197,6 +1219,20 @@ class Run:
 def accumulator(p):
     """Adagrad's sum of squares for a parameter, 1 at first as in bilm-tf."""
     return Parameter(ops.ones_like(p), name="adagrad/" + published_name(p), requires_grad=False)
+
+
+def trained_with(options, vocabulary=None):
+    """The checksums, in every checkpoint, of the options it was trained with, but for n_epochs, which may grow, and of
+    the vocabulary."""
+    texts = [json.dumps(as_json(replace(options, n_epochs=1, n_tokens_vocab=0)))]
+    texts += ["\n".join(vocabulary.words)] if vocabulary else []
+    return [zlib.crc32(text.encode()) for text in texts]
+
+
+def check_trained_with(folder, before, now):
+    """InputError unless a run's options and vocabulary are those of a checkpoint; before, now: `trained_with`."""
+    if list(before[:len(now)]) != now:
+        raise InputError(f"{folder}: its options.json or vocab is not the one it was trained with; restore it")
 
 
 def checkpoints(folder):
@@ -1245,7 +1281,7 @@ def open_run(args):
     if not has_softmax:
         print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
     if args.weights and heldout and not run.step:
-        scores = Perplexity(run.bilm, run.softmax, vocabulary, heldout, workers)()
+        scores = make_perplexity(run.bilm, run.softmax, vocabulary, heldout, workers)()
         print(f"before training: held-out {scores}", flush=True)
     return run, corpus, heldout
 
@@ -1273,7 +1309,8 @@ def prepare_folder(args, run, corpus, heldout):
         begun = read_json(options_file)
         for key in [JSON_KEYS.get(f.name, f.name) for f in fields(Options)] + ["run." + key for key in content["run"]]:
             old, new = look_up(begun, key), look_up(content, key)
-            if old != new and key not in ("n_epochs", "run.arguments"):
+            if old != new and key != "run.arguments" and not (
+                    key == "n_epochs" and isinstance(old, int) and old <= new):
                 raise InputError(f"{args.out}: its run has {key} {old!r:.80}, not {new!r:.80}; resume it as it was "
                                  "begun, or train into another --out")
     for name in os.listdir(args.out):
@@ -1328,20 +1365,20 @@ def open_model(args, with_softmax=True):
         raise InputError(f"{weights}: no such file; " + (
             "it is written at the end of an epoch: go on training with --resume" if checkpoints(args.out)
             else f"train with --out {args.out} first"))
-    bilm = BiLM(read_options(options))
-    if not with_softmax:
-        load_weights(weights, bilm)
-        return bilm, None, None
-    vocabulary = Vocabulary(vocabulary)
-    softmax = Softmax(len(vocabulary), bilm.options.projection)
-    load_weights(weights, bilm, softmax)
+    bilm, softmax = BiLM(read_options(options)), None
+    vocabulary = Vocabulary(vocabulary) if with_softmax else None
+    if with_softmax:
+        softmax = Softmax(len(vocabulary), bilm.options.projection)
+    cells = [cell for cell in (bilm, softmax) if cell]
+    for before in load_weights(weights, *cells, about=["trained_with"] * from_run):
+        check_trained_with(args.out, before, trained_with(bilm.options, vocabulary))
     return bilm, softmax, vocabulary
 
 
 def test(args):
     """Prints the perplexities of held-out text."""
     bilm, softmax, vocabulary = open_model(args)
-    print(Perplexity(bilm, softmax, vocabulary, Corpus(args.data), Workers())())
+    print(make_perplexity(bilm, softmax, vocabulary, Corpus(args.data), Workers())())
 
 
 # ---- 12. Several devices ---------------------------------------------------------------------------------------------
@@ -1436,7 +1473,7 @@ def make_parsers():
     add("train", "--lr", dest="learning_rate", metavar="X", type=float,
         help="learning rate (default: as in the options, 0.2)")
     add("train", "--batch-size", metavar="N", type=int, help="streams of text (default: as in the options, 128)")
-    add("train", "--seed", metavar="N", type=lambda text: natural(text, 0), default=0,
+    add("train", "--seed", metavar="N", type=lambda text: natural(text, least=0), default=0,
         help="decides all that is random (default: 0)")
     add("train", "--log-every", metavar="K", type=natural, default=100,
         help="steps from one line of the log to the next (default: %(default)s)")
@@ -1506,4 +1543,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that drafts of files are removed
     sys.exit(main())

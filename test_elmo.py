@@ -204,7 +204,7 @@ def exported(trained, h5py):
 
 @pytest.fixture(scope="module")
 def trained_bilm(trained, exported):
-    return elmo.BiLM(str(trained.folder / "elmo_options.json"), str(exported))
+    return elmo.BiLM(trained.folder / "elmo_options.json", exported)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,7 @@ def killed(monkeypatch, place, name, times, *command, program=elmo):
 def fake(monkeypatch, tmp_path):
     """Nothing is compiled in this test, which works in an empty folder."""
     monkeypatch.setattr(elmo, "make_step", FakeStep)
-    monkeypatch.setattr(elmo, "Perplexity", FakePerplexity)
+    monkeypatch.setattr(elmo, "make_perplexity", FakePerplexity)
     monkeypatch.setattr(elmo, "Embedder", FakeEmbedder)
     monkeypatch.setattr(FakePerplexity, "seen", [])
     monkeypatch.setattr(FakeEmbedder, "seen", [])
@@ -479,6 +479,14 @@ def test_what_published_options_lack_takes_the_papers_values(tmp_path):
     assert elmo.read_options(path) == o
 
 
+def test_keys_that_mean_nothing_here_are_named(tmp_path, capsys):
+    known = {**PUBLISHED, "bidirectional": True}
+    for content, message in ((known, ""), ({**known, "lr": 5, "x": {"y": 1}}, "ignores lr, x.y")):
+        path = write(tmp_path / "options.json", "\ufeff" + json.dumps(content))
+        elmo.read_options(path)
+        assert capsys.readouterr().err == (f"{path}: {message}\n" if message else "")
+
+
 def test_an_option_that_makes_no_sense_is_a_value_error_in_python_too():
     for wrong in (dict(activation="ReLU"), dict(dim="7"), dict(filters=[(1, 8)]), dict(sample_softmax=1)):
         with pytest.raises(ValueError, match="must be"):
@@ -579,9 +587,10 @@ def test_the_lstm_and_its_gradient_equal_numpy(cell_clip, proj_clip, active):
     hs, cs = numpy_lstm(*w.values(), cell_clip, proj_clip)
     assert active == (np.abs(hs) == proj_clip).any() == (np.abs(cs) == cell_clip).any()
     assert not (np.abs(hs) == proj_clip).all() and not (np.abs(cs) == cell_clip).all()
-    actual, steps = lstm(*map(Tensor, inputs.values()))
+    actual, h_of_each, c_of_each, _ = lstm(*map(Tensor, inputs.values()))
     close(actual, hs, 1e-6)
-    close(np.array([step[-2].asnumpy() for step in steps]), cs, 1e-6)
+    close(np.array([h.asnumpy() for h in h_of_each]), hs, 1e-6)
+    close(np.array([c.asnumpy() for c in c_of_each]), cs, 1e-6)
 
     def loss(x, h, c, W, B, W_P):
         return (lstm(x, h, c, W, B, W_P)[0] * Tensor(dy)).sum()
@@ -819,8 +828,11 @@ def test_a_mix_of_another_number_of_layers_is_a_value_error():
     layers = [Tensor(h) for h in random(2, 2, 4, 6)]
     with pytest.raises(ValueError, match="of 3 layers, not of 2"):
         elmo.ScalarMix(3)(layers)
-    with pytest.raises(ValueError, match="a mix of 3 layers"):
-        elmo.ScalarMix(3, initial_scalar_parameters=[1, 2])
+    for n, initial in ((3, [1, 2]), (3, [1, 2, math.nan]), (0, None)):
+        with pytest.raises(ValueError, match=f"a mix of {n} layers"):
+            elmo.ScalarMix(n, initial_scalar_parameters=initial)
+    with pytest.raises(ValueError, match="num_output_representations is 0"):
+        elmo.Elmo(None, None, 0)
 
 
 SENTENCES = [["The", "cat", "sat"], ["one"], []]
@@ -1085,14 +1097,15 @@ def test_batch_to_ids_pads_with_zeros():
     assert batch_to_ids([[], ["a"]]).shape == (2, 1, 50)
 
 
-@pytest.mark.parametrize("sentences", ["the cat", ["the cat", "a dog"], [["a"], "dog"]])
-def test_batch_to_ids_does_not_spell_out_strings(sentences):
-    with pytest.raises(ValueError, match="lists of words"):
-        batch_to_ids(sentences)
+@pytest.mark.parametrize("sentences", ["the cat", ["the cat", "a dog"], [["a"], "dog"], [["a", 5]]])
+def test_what_is_no_list_of_lists_of_words_is_a_value_error(trained_bilm, sentences):
+    for function in (batch_to_ids, elmo.Embedder(trained_bilm)):
+        with pytest.raises(ValueError, match="lists of words"):
+            function(sentences)
 
 
 def test_vocabulary_reads_any_line_ends_and_a_byte_order_mark(folder):
-    plain = Vocabulary("vocab")
+    plain = Vocabulary(Path("vocab"))
     assert len(plain) == 10 and plain.index["the"] == 3
     assert plain.ids(["dog", "cow", "<S>"]).tolist() == [9, data.UNK, 0] and plain.ids([]).dtype == np.int32
     assert plain.known(["dog", "cow", "<S>"]) == ["dog", "<UNK>", "<S>"]
@@ -1600,7 +1613,7 @@ def uninterrupted(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elmo, "make_step", FakeStep)
-        patch.setattr(elmo, "Perplexity", FakePerplexity)
+        patch.setattr(elmo, "make_perplexity", FakePerplexity)
         succeed(*training(text, out))
     return out
 
@@ -1678,6 +1691,18 @@ def test_a_run_with_a_compressed_vocabulary_is_resumed(text, fake):
     assert Path("model/vocab").read_bytes() == (text.folder / "vocab").read_bytes()
 
 
+def test_of_two_processes_that_train_one_run_one_stops(text, fake, monkeypatch):
+    call = FakeStep.__call__
+
+    def beside_another(self, batch):
+        if self.run.step == 20:
+            shutil.copyfile("model/step-15.npz", "model/step-25.npz")
+        return call(self, batch)
+    monkeypatch.setattr(FakeStep, "__call__", beside_another)
+    status, _, errors = run(*training(text, "model"))
+    assert status == 2 and "another process trains this run" in errors and not os.path.exists("model/step-30.npz")
+
+
 def test_resuming_a_run_that_is_over_changes_nothing(uninterrupted, fake):
     before = tree(uninterrupted)
     assert "all steps are done" in succeed("train", "--device", "CPU", "--out", uninterrupted, "--resume")
@@ -1694,6 +1719,7 @@ def test_resuming_a_run_that_is_over_changes_nothing(uninterrupted, fake):
     (["--heldout", "train.mindrecord"], "run.heldout"),
     (["--weights", "w.hdf5"], "run.weights None, not '"),
     (["--vocab", "other_vocab"], "run.vocabulary"),
+    (["--epochs", 1], "n_epochs 2, not 1"),
 ])
 def test_another_run_is_not_resumed(text, uninterrupted, fake, files, monkeypatch, change, message):
     words = text.vocabulary.words
@@ -1824,7 +1850,7 @@ def test_two_workers_compute_what_one_does_that_reads_the_streams_of_both(text, 
     # What both measure of their shares of the held-out text, one after the other, is together what they measured.
     bilm, worker, scores = elmo.BiLM(o), types.SimpleNamespace(rank=0, size=2, sum=list), []
     elmo.load_weights(str(model / "best.npz"), bilm)
-    perplexity = elmo.Perplexity(bilm, run.softmax, text.vocabulary, text.heldout, worker)
+    perplexity = elmo.make_perplexity(bilm, run.softmax, text.vocabulary, text.heldout, worker)
     for worker.rank in (0, 1):
         scores.append(perplexity())
     n, averages = (np.array([getattr(s, name) for s in scores]) for name in ("predictions", "average"))
@@ -1852,6 +1878,8 @@ def test_amp_rounds_what_is_multiplied_and_nothing_else(amp, eps):
     ids = batch_to_ids([["the", "cat", "sat"]])
     a, b = (bilm(ids)[0][-1].asnumpy() for bilm in (plain, half))
     assert b.dtype == np.float32 and 0 < np.abs(a - b).max() < 100 * eps * np.abs(a).max()
+    with pytest.raises(ValueError, match="amp is 'int32'"):
+        elmo.BiLM(options(), amp="int32")
 
 
 @pytest.mark.parametrize("amp", ["float16", "bfloat16"])
@@ -1881,7 +1909,7 @@ def test_the_perplexity_is_that_of_numpy_over_every_prediction_once(batch_size, 
             target = [VOCABULARY.index(target) for _, target in both[d]]
             losses[d].extend(numpy_softmax(numpy_direction(x, w, d, o)[0][-1], w["softmax/W"], w["softmax/b"], target))
     assert len(losses[0]) % (batch_size * unroll_steps) != 0  # the last chunk is not full
-    perplexity = elmo.Perplexity(bilm, softmax, vocabulary, corpus, elmo.Workers())
+    perplexity = elmo.make_perplexity(bilm, softmax, vocabulary, corpus, elmo.Workers())
     for _ in range(2):  # no state is left from one time to the next
         result = perplexity()
         assert result.predictions == len(losses[0]) == corpus.tokens + corpus.sentences
@@ -2071,9 +2099,10 @@ def test_input_is_files_folders_globs_gz_and_standard_input(folder, monkeypatch)
     write("a2.txt", "\ufeffthe two\n")
     write("b/z", "the four\n")
     write("b/c/x.gz", gzip.compress("\ufeffthe three\n".encode()))
+    os.symlink("x.gz", "b/c/y.gz")
     for extra in ([], ["--build-vocab", "--min-count", "1", "--vocab", "new"]):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the five\n")))
-        convert("--input", "a*.txt", "a1.txt", "--input", "b", "-", "--overwrite", *extra)
+        convert("--input", "a*.txt", "./a1.txt", "--input", "b", "-", "--overwrite", *extra)
         assert sentences_of() == [["the", word] for word in ("one", "two", "three", "four", "five")]
 
 
@@ -2259,6 +2288,22 @@ def test_an_interrupt_leaves_nothing_behind(folder, monkeypatch):
     assert tree(folder) == before
 
 
+def test_a_terminated_embedding_cleans_up(trained, folder):
+    command = ["embed", "--device", "CPU", "--out", trained.model, "--input", write("a.txt", "the cat\n"), "--output",
+               "a.npz"]
+    program = ("import os, runpy, signal, sys, numpy.lib.format as f; "
+               "f.write_array = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM); "
+               f"sys.path.insert(0, {HERE!r}); sys.argv[1:] = {list(map(str, command))!r}; "
+               f"runpy.run_path({elmo.__file__!r}, run_name='__main__')")
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 143
+    assert sorted(os.listdir()) == ["a.txt", "vocab"]
+
+
+def test_a_closed_standard_input_is_one_line(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run("--input", "-", program=data)[2] == "data.py: error: -: standard input is closed; name a file\n"
+
+
 def test_a_terminated_conversion_cleans_up(folder):
     process = subprocess.Popen([sys.executable, data.__file__, "--input", "-"], stdin=subprocess.PIPE)
     before, deadline = tree(folder), time.monotonic() + 60
@@ -2399,6 +2444,7 @@ WRONG_OPTIONS = [
     (with_value("lstm", "dim", True), "dim is True"), (with_value("lstm", "n_layers", 0), "n_layers is 0"),
     (with_value("lstm", "cell_clip", math.nan), "cell_clip is nan"),
     (with_value("lstm", "use_skip_connections", 1), "use_skip_connections is 1"),
+    (with_value("bidirectional", False), "bidirectional must be true"),
     (with_value("dropout", 1.0), "dropout is 1.0"), (with_value("unroll_steps", -20), "unroll_steps is -20"),
 ]
 
@@ -2438,6 +2484,17 @@ def bad(trained, files, exported, h5py):
     shutil.copyfile(trained.folder / "train.mindrecord", folder / "alone.mindrecord")
     for end in ("", ".db"):
         shutil.copyfile(trained.folder / f"train.mindrecord{end}", folder / f"renamed.mindrecord{end}")
+    (folder / "links").mkdir()
+    os.symlink("..", folder / "links" / "up")
+    (folder / "pipes").mkdir()
+    os.mkfifo(folder / "pipes" / "pipe")
+    for name in ("clip", "swapped"):
+        shutil.copytree(trained.model, folder / name)
+    content = json.loads((trained.model / "options.json").read_text())
+    content["lstm"]["cell_clip"] = 9
+    elmo.write_json(str(folder / "clip" / "options.json"), content)
+    *words, last = trained.vocabulary.words
+    write(folder / "swapped" / "vocab", "\n".join([*words[:-1], last, words[-1]]))
     for name in ("run", "begun", "best_only", "no_run", "no_arguments", "pickle", "zeros", "vocab"):
         shutil.copytree(trained.model, folder / name)
         for file in (folder / name).glob("step-*" if name != "begun" else "best.npz"):
@@ -2481,6 +2538,8 @@ MALFORMED = [
     (data, changed(CONVERT, "fine.txt", "plain.gz"), "plain.gz: damaged gzip file"),
     (data, changed(CONVERT, "fine.txt", "cut.gz"), "cut.gz: damaged gzip file"),
     (data, changed(CONVERT, "fine.txt", "flipped.gz"), "flipped.gz: damaged gzip file"),
+    (data, changed(CONVERT, "fine.txt", "links"), "links/up: neither a file nor a folder"),
+    (data, changed(CONVERT, "fine.txt", "pipes"), "pipes/pipe: neither a file nor a folder"),
     (elmo, changed(EMBED, "fine.txt", "gone.txt"), "gone.txt: "),
     (elmo, changed(EMBED, "fine.txt", "empty.txt"), "empty.txt: is empty"),
     (elmo, changed(EMBED, "fine.txt", "utf16.txt"), "utf16.txt: line 1 holds zero bytes"),
@@ -2537,6 +2596,10 @@ MALFORMED = [
     (elmo, "train --device CPU --out best_only --resume", "best_only: has best.npz, but no checkpoint"),
     (elmo, "train --device CPU --out no_run --resume", "no_run/options.json: damaged"),
     (elmo, "train --device CPU --out no_arguments --resume", "no_arguments/options.json: damaged"),
+    (elmo, changed(TEST, "../model", "clip"), "clip: its options.json or vocab is not the one it was trained with"),
+    (elmo, changed(EMBED, "../model", "clip"), "clip: its options.json or vocab is not the one"),
+    (elmo, "train --device CPU --out clip --resume", "clip: its options.json or vocab is not the one"),
+    (elmo, changed(TEST, "../model", "swapped"), "swapped: its options.json or vocab is not the one"),
     (elmo, changed(TEST, "../model", "gone"), "gone: no such folder; train with --out gone first"),
     (elmo, changed(TEST, "../model", "folder.npz"), "folder.npz/best.npz: no such file; train with"),
     (elmo, changed(EMBED, "../model", "begun"), "begun/best.npz: no such file; it is written at the end of an epoch"),
@@ -2544,6 +2607,8 @@ MALFORMED = [
     (data, changed(CONVERT, "new", "exists"), "exists.mindrecord: exists; choose another name or say --overwrite"),
     (data, changed(CONVERT, "new", "beside"), "beside.mindrecord.db: exists"),
     (data, CONVERT + " --build-vocab", "../vocab: exists"),
+    (data, changed(CONVERT, "../vocab", "v.gz") + " --build-vocab", "v.gz: --build-vocab does not compress"),
+    (data, changed(CONVERT, "new.mindrecord", "a\udcff"), "argument --output/--output_file: a name that is not UTF-8"),
     (data, changed(CONVERT, "new.mindrecord", "fine.txt") + " --overwrite", "fine.txt: is an input"),
     (data, changed(CONVERT, "new.mindrecord", "../vocab") + " --overwrite", "../vocab: is an input"),
     (data, changed(CONVERT, "new.mindrecord", "h") + " --heldout ./h", "./h: is an input or another output"),
@@ -2571,14 +2636,14 @@ MALFORMED = [
     (data, CONVERT + " --heldout h --heldout-share 1", "--heldout-share X goes with --heldout, 0 < X < 1"),
     (data, CONVERT + " --heldout h --heldout-share 0.000001", "h: no sentence"),
     (data, changed(CONVERT, "../vocab", "v") + " --build-vocab --min-count 9", "--min-count 9: no word"),
-    (data, CONVERT + " --min-count 0", "argument --min-count: invalid natural value: '0'"),
+    (data, CONVERT + " --min-count 0", "argument --min-count: '0' is not a whole number, 1 or more"),
     (elmo, "fly", "unrecognized arguments: fly"), (elmo, "train --sizes tiny", "unrecognized arguments: --sizes"),
     (elmo, changed(TRAIN, "CPU", "TPU"), "argument --device/--device_target: invalid choice: 'TPU'"),
     (elmo, changed(TRAIN, "--out new", "--out ''"), "argument --out/--train_url: an empty path"),
     (elmo, TRAIN + " --output new.npz", "unrecognized arguments: --output"),
     (elmo, EMBED + " --resume", "unrecognized arguments: --resume"),
     (elmo, TRAIN + " --size tiny", "--size and --options exclude each other"),
-    (elmo, TRAIN + " --steps -1", "argument --steps: invalid natural value"),
+    (elmo, TRAIN + " --steps -1", "argument --steps: '-1' is not"),
     (elmo, TRAIN + " --batch-size x", "argument --batch-size: invalid int value"),
     (elmo, TRAIN + " --seed -1", "argument --seed"), (elmo, TRAIN + " --amp float8", "argument --amp: invalid choice"),
     (elmo, "test --device CPU --weights ../elmo_weights.hdf5", "--weights and --options go together"),
