@@ -18,7 +18,7 @@ Where the paper is silent, its reference code decides: bilm-tf, the authors' pro
 For readers of PyTorch: an nn.Cell is a Module and its construct is forward; a ParameterTuple is a ParameterList;
 ms.jit compiles a function to a static graph; ms.value_and_grad(f, positions, weights, has_aux=True) returns f's results
 and the gradients of the first; a cell's bprop, where there is one, is its own backward pass. `matmul`, `log`,
-`make_tanh`, `compiled` and `parameter` (part 8) are what their names say. data.py makes the text that training reads.
+`log_sum_exp`, `make_tanh`, `compiled` and `parameter` are what their names say (part 8). data.py reads the text.
 """
 import argparse
 import bisect
@@ -96,7 +96,7 @@ class CharEncoder(nn.Cell):
         x          = g · relu(x · W_t + b_t) + (1 - g) · x,         g = sigmoid(x · W_c + b_c)
         x_k        = x · W_proj + b_proj
 
-    W_t is W_transform in bilm-tf's files, W_c is W_carry.
+    In bilm-tf's files W_t is W_transform, and W_c is W_carry, although g is the share that is *not* carried.
     """
 
     def __init__(self, options, rng, amp=None):
@@ -124,15 +124,19 @@ class CharEncoder(nn.Cell):
         self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] + widths > MAX_CHARS, -1e4, 0)[:, None], ms.float32)
 
     def construct(self, chars, tiers=((0, MAX_CHARS),)):
-        """chars int32 [words, 50] (see data.char_ids) -> x_k [words, projection].
+        """chars int32 [words, 50] -> x_k [words, projection].
 
+        chars are the ids 1 ... 261 of data.char_ids, one of which is padding's; 0 is no character, and embedded as 0.
         For speed, words may come ordered by length (see data.measure_tiers): tiers = ((n, limit), ...) says that the
-        first n have at most `limit` characters that are not padding, and so on; the last tier takes all that are left.
+        first n have at most `limit` characters that are not padding, and so on; the last tier takes all that are left,
+        at full length.
         """
-        kernel = ops.concat([  # all filters side by side; rows of zeros make each as wide as the widest
+        # All filters side by side; rows of zeros make each as wide as the widest. (By concat, here and below: ops.pad
+        # has a wrong gradient in MindSpore 2.10 from the second run on.)
+        kernel = ops.concat([
             ops.concat((W, ops.zeros((1, self.widest - width, self.char_dim, n), ms.float32)), 1).reshape(-1, n)
             for (width, n), W in zip(self.filters, self.W_cnn)], 1)  # [widest · char_dim, filters]
-        # Nothing stands behind character 50. (ops.pad has a wrong gradient in MindSpore 2.10 from the second run on.)
+        # Behind character 50 there is none, where a filter may still reach.
         chars = ops.concat((chars, ops.zeros((chars.shape[0], self.widest - 1), ms.int32)), 1)
         max_scores, first = [], 0
         for n, limit in tiers[:-1]:
@@ -154,7 +158,7 @@ class CharEncoder(nn.Cell):
         For speed, one product for all filters and positions; chars int32 [words, 50 + widest - 1].
         """
         patches = ops.stack([chars.T[k:k + n_positions] for k in range(self.widest)], -1)  # [positions, words, widest]
-        table = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # 0 where nothing stands
+        table = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # of 0: zeros
         e = ops.gather(table, patches, 0).reshape(n_positions * chars.shape[0], -1)  # [.., widest · char_dim]
         scores = self.matmul(e, kernel).reshape(n_positions, chars.shape[0], -1)  # [positions, words, filters]
         if n_positions + self.widest - 1 > MAX_CHARS:
@@ -196,8 +200,8 @@ class Recurrence(nn.Cell):
         return ops.stack(hs), hs, cs, saved
 
     def bprop(self, x, h, c, W, B, W_P, out, dout):
-        """dz is the gradient of z. None comes in through the lists of h and c, the last of which go on to the next
-        chunk: backpropagation ends there."""
+        """dz is the gradient of z. Only dout[0] is used: the last h and c go on to the next chunk, and
+        backpropagation ends there."""
         _, hs, cs, saved = out
         cs = (c,) + cs  # cs[t] is what step t begins with, cs[t + 1] what it makes
         dh_outside, dh, dc = ops.unstack(dout[0]), ops.zeros_like(h), ops.zeros_like(c)
@@ -227,7 +231,7 @@ class ProjectedLSTM(nn.Cell):
     def __init__(self, name, options, rng, recurrence):
         super().__init__()
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        self.weights = ms.ParameterTuple([  # in a tuple, since a parameter that is an attribute takes its name
+        self.weights = ms.ParameterTuple([  # not three attributes: their names would replace the parameters' own
             parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
             parameter(name + "B", np.zeros(4 * options.dim)),
             parameter(name + "W_P_0", glorot(options.dim, options.projection))])
@@ -238,7 +242,7 @@ class ProjectedLSTM(nn.Cell):
         the state after the last one, or, with lengths (int32 [batch]), after each row's own last."""
         W, B, W_P = self.weights
         h, c = ops.split(state, [W_P.shape[1], W_P.shape[0]], 1)
-        y, hs, cs, _ = self.recurrence(x, h, c, W, B, W_P)
+        y, hs, cs, _ = self.recurrence(x, h, c, W, B, W_P)  # of these, gradients flow back through y alone
         if lengths is None:
             return y, ops.concat((hs[-1], cs[-1]), 1)
         states = ops.concat((y, ops.stack(cs)), 2)  # [time, batch, projection + dim]
@@ -352,7 +356,8 @@ class Softmax(nn.Cell):
         return log_z - (y * self.W[target]).sum(1) - self.b[target]
 
 
-# Training does not sum over all classes but over the target and a sample of others, the negatives (bilm-tf).
+# Training does not sum over all classes but over the target and a sample of classes, the negatives: one sample for all
+# positions of a direction, drawn without regard to their targets (bilm-tf).
 
 def draw_negatives(rng, n, n_classes):
     """-> n distinct classes, int64 [n], and how many draws it took to find them (as TensorFlow's
@@ -363,7 +368,7 @@ def draw_negatives(rng, n, n_classes):
     """
     drawn = np.empty(0, np.int64)
     while True:
-        more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1  # P's inverse distribution
+        more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1  # so that each class has its P
         drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
         new = np.sort(np.unique(drawn, return_index=True)[1])  # where a class is drawn for the first time
         if len(new) >= n:
@@ -371,15 +376,16 @@ def draw_negatives(rng, n, n_classes):
 
 
 def log_expected_count(k, n_draws, n_classes):
-    """log q(k) for classes k, an array: q(k) = 1 - (1 - P(k))^n_draws is the probability that class k is among the
-    distinct classes of so many draws, P as in `draw_negatives`."""
+    """log q(k) for classes k, an array: q(k) = 1 - (1 - P(k))^n_draws, P as in `draw_negatives`, is the probability
+    that so many draws bring class k; as each is taken once, also how often it is expected among the negatives."""
     p = np.log((k + 2) / (k + 1)) / np.log(n_classes + 1)
     return np.log(-np.expm1(n_draws * np.log1p(-p)))
 
 
 def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, not_drawn):
-    """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit and s_k are
-    those of the negatives, each minus its log q (Jean et al., 2015).
+    """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit minus its
+    log q, and s_k are those of the negatives, each minus its own: this makes up for drawing frequent classes more
+    often (Jean et al., 2015).
 
     y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
     not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
@@ -466,16 +472,19 @@ class Elmo(nn.Cell):
 
 class Batch(NamedTuple):
     """What one training step reads: a chunk of text (data.Chunk) and what is random. n = time · batch, N negatives.
-    (What is 0 or 1 is uint8, since not all devices unstack bool.)"""
+
+    Both directions read the same sentences in the same order, the backward one each sentence from its end; so in both
+    a sentence begins at the same time step. (Flags are uint8, since not all devices unstack bool.)
+    """
     chars: np.ndarray           # int32 [rows, 50], the distinct words, in tiers (see data.fill_tiers), and empty rows
     word_index: np.ndarray      # int32 [2, time, batch], which of them is read
-    reset_state: np.ndarray     # uint8 [batch], 1 where the LSTMs begin from zero
+    reset_state: np.ndarray     # uint8 [batch], 1 where the LSTMs of both directions begin from zero
     target: np.ndarray          # int32 [2, n], the class to predict
     negatives: np.ndarray       # int32 [2, N]
     target_log_q: np.ndarray    # float32 [2, n]
     negative_log_q: np.ndarray  # float32 [2, N]
     not_drawn: np.ndarray       # float32 [2, n], see `sampled_softmax`
-    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], of dropout; [0] where there is none
+    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], or [0] without dropout
 
 
 def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
@@ -517,26 +526,28 @@ def training_batches(run, corpus, tiers):
 def make_loss(bilm, tiers):
     """-> the function that computes the loss of a batch, and the LSTMs' state after it.
 
-    "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1): it is
-    -1/2N Σ_k (log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ..., t_N; Θx, ←Θ_LSTM, Θs)).
+    "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1). So the
+    loss is the mean of -(log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ...; Θx, ←Θ_LSTM, Θs)) / 2,
+    here with p of the sampled softmax.
     """
     o = bilm.options
 
     def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target_rows, negative_rows, target_log_q,
                 negative_log_q, not_drawn, masks):
-        """W [rows, projection], b [rows]: what the batch needs of Θs; target_rows [2, n], negative_rows [2, N]: the
-        rows of the targets and of the negatives; the rest as in `Batch`."""
+        """W [rows, projection], b [rows]: of Θs, only those rows that the batch needs; target_rows [2, n],
+        negative_rows [2, N]: where in W the targets and the negatives stand; the rest as in `Batch`."""
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # bilm-tf never resets a state; then a model need not learn to begin from zero, as each test and embedding does.
-        # Here a stream does where a chunk begins with a sentence. (One that begins within a chunk inherits its state.)
+        # bilm-tf never resets a state, so that its models hardly learn to begin from zero, as a test does once in each
+        # stream, and an embedding in each sentence. Here the state of a stream, of both directions, is set to zero
+        # where a chunk begins with a sentence. (One that begins within a chunk inherits the state of the one before.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
         outputs, state = bilm.contextualize(x, state, masks=masks)
         loss = 0.0
         for d in (0, 1):
             y = drop(outputs[d][-1], masks[-1][d], o.dropout) if o.dropout else outputs[d][-1]
-            # A graph keeps assignments in place, +=, in their order: so the logits of one direction are gone before
-            # those of the other need memory.
+            # In a static graph the two directions could run at once, but += makes them run one after the other. So
+            # the logits, which `log_sum_exp` does not keep, need memory for one direction at a time.
             loss += loss_scale / 2 * sampled_softmax(y.reshape(-1, o.projection), W, b, target_rows[d],
                                                      negative_rows[d], target_log_q[d], negative_log_q[d], not_drawn[d])
         return loss, state
@@ -554,9 +565,11 @@ def make_step(run, tiers):
         # Of Θs and its accumulators only the rows of the batch's classes are read and written: those of the negatives
         # and of all workers' targets. A graph that did it would copy the whole tables, so it is done outside.
         classes = ops.concat((tensors.negatives.reshape(-1), run.workers.gather(tensors.target).reshape(-1)))
-        touched, rows = [ops.gather(table, classes, 0) for table in run.tables], run.row_of_class(classes)
-        loss, norm, run.lstm_state, touched = update(run.lstm_state, rows, *touched, *tensors)
-        for table, new in zip(run.tables, touched):  # W, b and their accumulators
+        # A class may stand there more than once. For each, the place where its class stands last: 7 2 7 5 -> 2 1 2 3
+        places = run.last_places(classes)
+        touched = [ops.gather(table, classes, 0) for table in run.tables]  # W, b and their accumulators
+        loss, norm, run.lstm_state, touched = update(run.lstm_state, places, *touched, *tensors)
+        for table, new in zip(run.tables, touched):
             ops.scatter_update(table, classes, new)
         return loss, norm
 
@@ -566,10 +579,10 @@ def make_step(run, tiers):
 def make_update(run, tiers):
     """-> the computation of a training step as one static graph: loss, gradient, clipping, Adagrad.
 
-    W, b, W_sum and b_sum are rows of Θs and of its accumulators in the order of `make_step`'s classes, where a class
-    may stand more than once (a graph needs fixed shapes). For each place in it, rows says which place of its class
-    counts: for classes 7 2 7 5 it is 2 1 2 3. The loss reads only those, so that they get the whole gradient of their
-    class (as in TensorFlow it is summed before the square); in the end they are copied to the others.
+    W, b, W_sum and b_sum are rows of Θs and of its accumulators in the order of `make_step`'s classes. Where a class
+    stands more than once (a graph needs fixed shapes), the loss reads the last of its rows alone, which `places` names,
+    so that this one gets the whole gradient of its class (as in TensorFlow it is summed before the square); in the end
+    it is copied to the others.
     """
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
@@ -577,11 +590,11 @@ def make_update(run, tiers):
     gradient = ms.value_and_grad(make_loss(run.bilm, tiers), (0, 1), weights, has_aux=True)  # by W, b and the weights
 
     @compiled
-    def update(state, rows, W, b, W_sum, b_sum, chars, word_index, reset_state, target, negatives, *rest):
+    def update(state, places, W, b, W_sum, b_sum, chars, word_index, reset_state, target, negatives, *rest):
         loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale_value
         first = negatives.size + workers.rank * target.size  # after the negatives come each worker's targets
-        negative_rows = rows[:negatives.size].reshape(2, -1)  # [2, N]
-        target_rows = rows[first:first + target.size].reshape(2, -1)  # [2, n]
+        negative_rows = places[:negatives.size].reshape(2, -1)  # [2, N]
+        target_rows = places[first:first + target.size].reshape(2, -1)  # [2, n]
         (loss, new_state), ((dW, db), grads) = gradient(W, b, state, loss_scale, chars, word_index, reset_state,
                                                         target_rows, negative_rows, *rest)
         loss, dW, db, *grads = workers.mean((loss.reshape(1), dW, db, *grads))
@@ -589,6 +602,7 @@ def make_update(run, tiers):
             loss, dW, db, *grads = [g / loss_scale for g in (loss, dW, db, *grads)]
         # The gradient is that of unroll_steps · loss (bilm-tf), clipped by its norm over all parameters together.
         norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
+        # = unroll_steps · min(1, all_clip_norm_val / norm)
         scale = o.unroll_steps * o.all_clip_norm_val / ops.maximum(norm, ops.full_like(norm, o.all_clip_norm_val))
         if loss_scaler is not None:  # a step that overflows changes nothing but the scale
             finite = ops.isfinite(norm)
@@ -601,7 +615,7 @@ def make_update(run, tiers):
         W_sum, b_sum = W_sum + ops.square(scale * dW), b_sum + ops.square(scale * db)
         W = W - o.learning_rate * scale * dW / ops.sqrt(W_sum)
         b = b - o.learning_rate * scale * db / ops.sqrt(b_sum)
-        return loss[0], norm, new_state, [ops.gather(x, rows, 0) for x in (W, b, W_sum, b_sum)]
+        return loss[0], norm, new_state, [ops.gather(x, places, 0) for x in (W, b, W_sum, b_sum)]
 
     return update
 
@@ -635,7 +649,7 @@ def train(args):
             if log_is_due:
                 run.log_loss(args.out, epoch, n_steps, tokens_per_step)  # the sampled loss; waits for the device
             if epoch_is_over:
-                scores = perplexity() if perplexity else None  # of all words: higher than the sampled loss says
+                scores = perplexity() if perplexity else None  # over all words: higher than exp of the sampled loss
                 is_best = run.log_perplexities(args.out, epoch, scores)
             # Of several workers, each knows of the others' signals when all of them log: asking takes time.
             stopping = bool(signals) if workers.size == 1 else log_is_due and workers.any(signals)
@@ -675,7 +689,7 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
                           for direction, layers in enumerate(outputs)]), state
 
     def perplexity():
-        # As in bilm-tf the state of a stream is carried on from sentence to sentence.
+        # As in bilm-tf the state of a stream is carried on from sentence to sentence; unlike in training, always.
         total, n, state = np.zeros(2), 0, zero_state(bilm.options, bilm.options.batch_size)
         for inputs, target, valid in prefetch(streams(rank=workers.rank, size=workers.size), lambda chunk: (
                 fill_tiers(tiers, chunk.words, chunk.word_index), chunk.target, chunk.valid)):
@@ -1108,7 +1122,7 @@ class Run:
         self.bilm, self.softmax = BiLM(options, seed=seed, amp=amp), Softmax(n_classes, options.projection, seed)
         self.accumulators = ms.ParameterTuple([accumulator(p) for p in self.bilm.trainable_params()])
         self.tables = [self.softmax.W, self.softmax.b, accumulator(self.softmax.W), accumulator(self.softmax.b)]
-        self.last_place = Parameter(Tensor(np.full(n_classes, -1, np.int32)), requires_grad=False)  # see row_of_class
+        self.last_place = Parameter(Tensor(np.full(n_classes, -1, np.int32)), requires_grad=False)  # see last_places
         # float16 underflows below 6e-8 and overflows above 65,504: the scale doubles until it does, then halves.
         self.loss_scaler = ms.amp.DynamicLossScaler(1024, 2, 1000) if amp == "float16" else None
         self.lstm_state = zero_state(options, options.batch_size)
@@ -1118,12 +1132,12 @@ class Run:
         self.own_checkpoints = set()  # those that stood in the folder when this process last looked
         self.clock = None  # (step, time) from which the speed is measured
 
-    def row_of_class(self, classes):
+    def last_places(self, classes):
         """The last place at which each of the classes [n] stands in this list, int32 [n]."""
         ops.scatter_max(self.last_place, classes, ops.arange(len(classes)).astype(ms.int32))
-        rows = ops.gather(self.last_place, classes, 0)
+        places = ops.gather(self.last_place, classes, 0)
         ops.scatter_update(self.last_place, classes, ops.full_like(classes, -1))
-        return rows
+        return places
 
     def fetch_losses(self):
         """-> losses as numbers, float [steps, 2]; waits for the device. InputError where the run must not go on."""

@@ -1469,7 +1469,7 @@ def test_steps_with_negatives_dropout_and_a_loss_scale_equal_numpy_in_every_weig
 def test_a_class_that_occurs_more_than_once_has_one_row_its_last():
     run = elmo.Run(options(), vocabulary_of(*VOCABULARY))
     for classes, rows in (([3, 0, 3, 7, 0, 3], [5, 4, 5, 3, 4, 5]), ([7, 7, 3], [1, 1, 2]), ([5], [0])):
-        assert run.row_of_class(Tensor(np.array(classes, np.int32))).asnumpy().tolist() == rows
+        assert run.last_places(Tensor(np.array(classes, np.int32))).asnumpy().tolist() == rows
 
 
 # ---- 11. A run: its log, its folder, its checkpoints -----------------------------------------------------------------
@@ -2685,6 +2685,11 @@ def test_the_programs_of_the_readme_run_as_written(readme, files, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "brown").mkdir()
     (tmp_path / "conll").mkdir()
+    for name, path in (("brown.hdf5", files.weights), ("brown_options.json", files.options)):
+        shutil.copy(path, tmp_path / name)
+    for name, n in (("train", 20), ("valid", 2), ("test", 2)):  # in place of CoNLL-2003
+        write(tmp_path / "conll" / f"{name}.txt", "-DOCSTART- -X- -X- O\n\n" + n * (
+            "EU NNP B-NP B-ORG\nleft VBD B-VP O\nNew NNP B-NP B-LOC\nYork NNP I-NP I-LOC\n. . O O\n\n"))
     for name, n in (("train_12k", 20), ("heldout", 2400)):  # in place of Brown and its vectors
         text = rng.choice(["play/nn", "play/vb-hl", "the/at", "1\\/2/cd", "new/jj"], (n, 40))
         write(tmp_path / "brown" / f"{name}.tagged", "\n".join(map(" ".join, text)))
@@ -2694,8 +2699,9 @@ def test_the_programs_of_the_readme_run_as_written(readme, files, tmp_path):
     assert len(programs) >= 3 and all(len(program.splitlines()) <= 90 for program in programs)
     assert len(next(program for program in programs if "Classifier" in program).splitlines()) <= 25
     running = [subprocess.Popen(
-        [sys.executable, write(tmp_path / f"program{k}.py", program)], cwd=tmp_path, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": HERE}) for k, program in enumerate(programs)]
+        [sys.executable, write(tmp_path / f"program{k}.py", program), "--epochs", "1"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": HERE})
+               for k, program in enumerate(programs)]
     for process in running:
         out, errors = process.communicate()
         assert process.returncode == 0 and out, errors.decode()
