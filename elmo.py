@@ -940,17 +940,17 @@ def read_options(path):
     content, values = read_json(path), {}
     for f in fields(Options):
         key = JSON_KEYS.get(f.name, f.name)
-        value = look_up(content, key)
-        if value is not None:
-            values[f.name] = value
+        if content.get(key) is not None:
+            values[f.name] = content[key]
         elif "." in key:
             raise InputError(f"{path}: lacks {key}, which the model's shape depends on")
     fixed = {"char_cnn.max_characters_per_token": (MAX_CHARS,), "char_cnn.n_characters": (261, 262),
              "bidirectional": (True,)}
     for key, known in fixed.items():
-        if look_up(content, key) not in (None, *known):
+        if content.get(key) not in (None, *known):
             raise InputError(f"{path}: {key} must be {json.dumps(known[0])}, as in every published model")
-    unknown = sorted(keys_of(content) - {JSON_KEYS.get(f.name, f.name) for f in fields(Options)} - {*fixed, "run"})
+    unknown = set(content) - set(fixed) - {JSON_KEYS.get(f.name, f.name) for f in fields(Options)}
+    unknown = [key for key in sorted(unknown) if not key.startswith("run.")]
     if unknown:
         print(f"{path}: ignores {', '.join(unknown)}", file=sys.stderr)
     try:
@@ -963,25 +963,19 @@ def read_options(path):
         raise InputError(f"{path}: {error}") from None
 
 
-def keys_of(content):
-    """The keys of nested dictionaries, as a.b.c; those in "run" are the run's own."""
-    return {f"{key}.{inner}" if inner else key for key, value in content.items()
-            for inner in (keys_of(value) if isinstance(value, dict) and key != "run" else [""])}
-
-
 def read_json(path):
+    """A file of nested dictionaries, see `flat`."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except (ValueError, RecursionError) as error:
+            return flat(json.load(file))
+    except (ValueError, RecursionError, AttributeError) as error:
         raise InputError(f"{path}: not JSON ({error}); correct it, or choose a --size") from None
 
 
-def look_up(content, key):
-    """The value at a.b.c of nested dictionaries, None where there is none."""
-    for name in key.split("."):
-        content = content.get(name) if isinstance(content, dict) else None
-    return content
+def flat(content, prefix=""):
+    """Nested dictionaries as one, the keys of which are a.b.c."""
+    return {name: value for key, inner in content.items() for name, value in (
+        flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}).items()}
 
 
 def as_json(options, **run):
@@ -1321,8 +1315,8 @@ def prepare_folder(args, run, corpus, heldout):
             raise InputError(f"{vocabulary}: exists and is another than --vocab; give another --out")
     else:
         begun = read_json(options_file)
-        for key in [JSON_KEYS.get(f.name, f.name) for f in fields(Options)] + ["run." + key for key in content["run"]]:
-            old, new = look_up(begun, key), look_up(content, key)
+        for key, new in flat(content).items():
+            old = begun.get(key)
             if old != new and key != "run.arguments" and not (
                     key == "n_epochs" and isinstance(old, int) and old <= new):
                 raise InputError(f"{args.out}: its run has {key} {old!r:.80}, not {new!r:.80}; resume it as it was "
@@ -1514,7 +1508,7 @@ def parse_arguments(argv):
         options_file = os.path.join(out, "options.json")
         if not os.path.isfile(options_file):
             raise InputError(f"{out}: no run to resume; leave out --resume to begin one")
-        begun = look_up(read_json(options_file), "run.arguments")
+        begun = read_json(options_file).get("run.arguments")
         if not isinstance(begun, list) or not all(isinstance(text, str) for text in begun):
             raise InputError(f"{options_file}: damaged; train into another --out")
         args = parsers["train"].parse_args([*begun, *with_command[1:]], argparse.Namespace(command="train"))

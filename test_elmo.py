@@ -2429,7 +2429,7 @@ def with_value(*keys_and_value):
 
 
 WRONG_OPTIONS = [
-    ("{", "not JSON"), ("[]", "lacks char_cnn.filters"), ("[" * 100_000, "not JSON"), (b"\xff\xfe", "not JSON"),
+    ("{", "not JSON"), ("[]", "not JSON"), ("[" * 100_000, "not JSON"), (b"\xff\xfe", "not JSON"),
     (without("lstm", "dim"), "lacks lstm.dim"), (without("char_cnn", "embedding"), "lacks char_cnn.embedding.dim"),
     (with_value("char_cnn", 5), "lacks char_cnn.filters"),
     (with_value("char_cnn", "n_characters", 100), "n_characters must be 261"),
