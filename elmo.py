@@ -52,7 +52,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 @dataclass(frozen=True)
 class Options:
-    """The hyperparameters; the defaults are the paper's. InputError where a value makes no sense (`check_options`)."""
+    """The hyperparameters; the defaults are the paper's, or else bilm-tf's. InputError where a value makes no sense
+    (`check_options`)."""
     # "The context insensitive type representation uses 2048 character n-gram convolutional filters followed by two
     # highway layers ... and a linear projection down to a 512 representation." (section 3.4; the rest is bilm-tf's)
     filters: tuple = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))  # (width, number of filters)
@@ -136,7 +137,7 @@ class CharEncoder(nn.Cell):
         kernel = ops.concat([
             ops.concat((W, ops.zeros((1, self.widest - width, self.char_dim, n), ms.float32)), 1).reshape(-1, n)
             for (width, n), W in zip(self.filters, self.W_cnn)], 1)  # [widest · char_dim, filters]
-        # Behind character 50 there is none, where a filter may still reach.
+        # The widened filters reach beyond character 50, where there are none.
         chars = ops.concat((chars, ops.zeros((chars.shape[0], self.widest - 1), ms.int32)), 1)
         max_scores, first = [], 0
         for n, limit in tiers[:-1]:
@@ -163,7 +164,7 @@ class CharEncoder(nn.Cell):
         scores = self.matmul(e, kernel).reshape(n_positions, chars.shape[0], -1)  # [positions, words, filters]
         if n_positions + self.widest - 1 > MAX_CHARS:
             scores = scores + self.beyond[:n_positions]
-        return ops.max(scores, 0)[0]  # its backward pass goes to the position that won here
+        return ops.max(scores, 0)[0]
 
 
 # ---- 3. LSTM with projection -----------------------------------------------------------------------------------------
@@ -186,8 +187,8 @@ class Recurrence(nn.Cell):
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
-        W_P [dim, projection] -> h after all time steps, [time, batch, projection]; lists of h and of c after each; and
-        what else bprop needs of each."""
+        W_P [dim, projection] -> h after each time step, stacked, [time, batch, projection]; lists of h and of c; and
+        what else bprop needs of each step."""
         hs, cs, saved = (), (), ()
         for x_t in ops.unstack(x):  # x[t] would be slow
             x_h = ops.concat((x_t, h), 1)  # [batch, input + projection]
@@ -279,7 +280,8 @@ class BiLM(nn.Cell):
         the new state.
 
         x [2, time, batch, projection], both directions in their own reading order; state [2, layers, batch, projection
-        + dim]; lengths: see `ProjectedLSTM`; masks [layers + 1][2], those of dropout, see `drop`.
+        + dim]; lengths: see `ProjectedLSTM`; masks [layers + 1][2], those of dropout, the last for
+        the output (see `drop`, `make_loss`).
         """
         o, outputs, states = self.options, [], []
         for direction, (y, old_states) in enumerate(zip(ops.unstack(x), ops.unstack(state))):
@@ -368,7 +370,7 @@ def draw_negatives(rng, n, n_classes):
     """
     drawn = np.empty(0, np.int64)
     while True:
-        more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1  # so that each class has its P
+        more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1  # the inverse of P summed up
         drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
         new = np.sort(np.unique(drawn, return_index=True)[1])  # where a class is drawn for the first time
         if len(new) >= n:
@@ -537,20 +539,19 @@ def make_loss(bilm, tiers):
         """W [rows, projection], b [rows]: of Θs, only those rows that the batch needs; target_rows [2, n],
         negative_rows [2, N]: where in W the targets and the negatives stand; the rest as in `Batch`."""
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # bilm-tf never resets a state, so that its models hardly learn to begin from zero, as a test does once in each
-        # stream, and an embedding in each sentence. Here the state of a stream, of both directions, is set to zero
-        # where a chunk begins with a sentence. (One that begins within a chunk inherits the state of the one before.)
+        # bilm-tf never resets a state, so that its models hardly learn to begin from zero. But measuring perplexity
+        # begins so once in each stream, and embedding in each sentence. So here the state of a stream, of both
+        # directions, is set to zero where a chunk begins with a sentence. (One that begins within a chunk inherits the
+        # state of the one before.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
         outputs, state = bilm.contextualize(x, state, masks=masks)
         loss = 0.0
         for d in (0, 1):
             y = drop(outputs[d][-1], masks[-1][d], o.dropout) if o.dropout else outputs[d][-1]
-            # In a static graph the two directions could run at once, but += makes them run one after the other. So
-            # the logits, which `log_sum_exp` does not keep, need memory for one direction at a time.
-            loss += loss_scale / 2 * sampled_softmax(y.reshape(-1, o.projection), W, b, target_rows[d],
-                                                     negative_rows[d], target_log_q[d], negative_log_q[d], not_drawn[d])
-        return loss, state
+            loss += sampled_softmax(y.reshape(-1, o.projection), W, b, target_rows[d], negative_rows[d],
+                                    target_log_q[d], negative_log_q[d], not_drawn[d]) / 2
+        return loss_scale * loss, state
 
     return loss_of
 
@@ -581,8 +582,8 @@ def make_update(run, tiers):
 
     W, b, W_sum and b_sum are rows of Θs and of its accumulators in the order of `make_step`'s classes. Where a class
     stands more than once (a graph needs fixed shapes), the loss reads the last of its rows alone, which `places` names,
-    so that this one gets the whole gradient of its class (as in TensorFlow it is summed before the square); in the end
-    it is copied to the others.
+    so that this one gets the whole gradient of its class (as in TensorFlow it is summed before Adagrad squares it); in
+    the end it is copied to the others.
     """
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
@@ -604,7 +605,7 @@ def make_update(run, tiers):
         norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
         # = unroll_steps · min(1, all_clip_norm_val / norm)
         scale = o.unroll_steps * o.all_clip_norm_val / ops.maximum(norm, ops.full_like(norm, o.all_clip_norm_val))
-        if loss_scaler is not None:  # a step that overflows changes nothing but the scale
+        if loss_scaler is not None:  # a step that overflows changes no weight and no state, only the loss scale
             finite = ops.isfinite(norm)
             loss_scaler.adjust(finite)
             dW, db, *grads = [ops.where(finite, g, ops.zeros_like(g)) for g in (dW, db, *grads)]
@@ -657,7 +658,7 @@ def train(args):
                 run.save(args.out, is_best)
             if stopping or run.step == n_steps:
                 break
-            if log_is_due or run.clock is None:  # the compilation of the first step is not timed, nor are tests
+            if log_is_due or run.clock is None:  # the compilation of the first step is not timed, nor perplexity
                 run.clock = run.step, time.perf_counter()
     if run.step < n_steps:
         print_how_to_go_on(args, run.step)

@@ -677,6 +677,8 @@ def test_a_given_state_is_read_on_from():
         close(arrays(layers)[:, k, :len(after[k])], expected)
         close(state[:, :, k], expected_state)
         assert np.abs(expected - numpy_layers(after[k], w, o)[0]).max() > 1e-2
+    gradients = ms.grad(lambda ids: bilm(ids)[2].sum(), None, bilm.trainable_params())(batch_to_ids(after))
+    assert not any(g.asnumpy().any() for g in gradients)  # backpropagation ends there
 
 
 @pytest.mark.parametrize("use_skip_connections", [True, False])
@@ -1425,7 +1427,13 @@ def check_trajectory(o, n_steps, vocabulary, loss_scaler=None):
             w[name] = w[name] - o.learning_rate * g / np.sqrt(squares[name])
         state, before = state_after, [table.asnumpy().copy() for table in run.tables]
 
-        actual_loss, actual_norm = step(batch)
+        updates, scatter_update = [], ops.scatter_update
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "scatter_update", lambda *args: [scatter_update(*args), updates.append(args)][0])
+            actual_loss, actual_norm = step(batch)
+        for _, classes, rows in updates:  # a class that stands there twice has one value, whichever is written last
+            classes, rows = classes.asnumpy(), rows.asnumpy()
+            assert len(updates) == 5 and all((rows[classes == k] == rows[classes == k][0]).all() for k in classes)
         run.step += 1
         close(actual_loss, loss)
         close(actual_norm, norm, 1e-4)
