@@ -1206,13 +1206,13 @@ class Run:
         self.own_checkpoints = set(checkpoints(folder))
         for path in reversed(checkpoints(folder)):
             try:
-                step, best, losses, positions, states, log, n_finite, before = load_weights(
+                step, best, losses, positions, states, log, n_finite = load_weights(
                     path, parameters=self.parameters(), about=(
-                        "step", "best", "losses", "positions", "lstm_states", "log", "n_finite", "trained_with"))
+                        "step", "best", "losses", "positions", "lstm_states", "log", "n_finite"))
             except InputError as error:
                 print(f"{error}; trying the one before", flush=True)
                 continue
-            check_trained_with(folder, before, trained_with(self.options, self.vocabulary))
+            check_trained_with(path, self.options, self.vocabulary)
             self.step, self.best, self.losses, self.log = int(step), float(best), losses.tolist(), str(log).splitlines()
             self.position, self.lstm_state = positions[self.workers.rank], Tensor(states[self.workers.rank])
             if self.loss_scaler:
@@ -1238,10 +1238,12 @@ def trained_with(options, vocabulary=None):
     return [zlib.crc32(text.encode()) for text in texts]
 
 
-def check_trained_with(folder, before, now):
-    """InputError unless a run's options and vocabulary are those of a checkpoint; before, now: `trained_with`."""
-    if list(before[:len(now)]) != now:
-        raise InputError(f"{folder}: its options.json or vocab is not the one it was trained with; restore it")
+def check_trained_with(path, options, vocabulary=None):
+    """InputError unless the options and the vocabulary are those with which a checkpoint was trained."""
+    now = trained_with(options, vocabulary)
+    with open_arrays(path) as (names, read):  # earlier versions did not note it
+        if "run/trained_with" in names and read("run/trained_with")[:len(now)].tolist() != now:
+            raise InputError(f"{path}: was trained with another options.json or vocab than stands there; restore it")
 
 
 def checkpoints(folder):
@@ -1378,9 +1380,9 @@ def open_model(args, with_softmax=True):
     vocabulary = Vocabulary(vocabulary) if with_softmax else None
     if with_softmax:
         softmax = Softmax(len(vocabulary), bilm.options.projection)
-    cells = [cell for cell in (bilm, softmax) if cell]
-    for before in load_weights(weights, *cells, about=["trained_with"] * from_run):
-        check_trained_with(args.out, before, trained_with(bilm.options, vocabulary))
+    load_weights(weights, *[cell for cell in (bilm, softmax) if cell])
+    if from_run:
+        check_trained_with(weights, bilm.options, vocabulary)
     return bilm, softmax, vocabulary
 
 
