@@ -911,19 +911,20 @@ def check_options(options):
     for f in fields(Options):
         value, key = getattr(options, f.name), JSON_KEYS.get(f.name, f.name)
         if f.name == "filters":
-            if not (isinstance(value, tuple) and value and all(
-                    isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair)
-                    and 1 <= pair[0] <= MAX_CHARS and 1 <= pair[1] <= 65536 for pair in value)):
-                raise InputError(f"{key} must be [[width, number], ...] (tuples in Python), a width 1 to {MAX_CHARS}")
+            rule = f"[[width, number], ...] (tuples in Python), a width 1 to {MAX_CHARS}"
+            valid = isinstance(value, tuple) and value and all(
+                isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair)
+                and 1 <= pair[0] <= MAX_CHARS and 1 <= pair[1] <= 65536 for pair in value)
         elif f.name == "activation":
-            if value not in ("relu", "tanh"):
-                raise InputError(f"{key} is {value!r:.40}, but must be relu or tanh")
-        elif f.name in VALID:
+            rule, valid = "relu or tanh", value in ("relu", "tanh")
+        elif f.type is bool:
+            rule, valid = "true or false", type(value) is bool
+        else:
             low, high = VALID[f.name]
-            if not (type(value) is f.type or f.type is float and type(value) is int) or not low <= value <= high:
-                raise InputError(f"{key} is {value!r:.40}, but must be {f.type.__name__}, {low} to {high}")
-        elif type(value) is not bool:
-            raise InputError(f"{key} is {value!r:.40}, but must be true or false")
+            rule = f"{f.type.__name__}, {low} to {high}"
+            valid = (type(value) is f.type or f.type is float and type(value) is int) and low <= value <= high
+        if not valid:
+            raise InputError(f"{key} is {value!r:.40}, but must be {rule}")
     if options.projection > sum(n for _, n in options.filters):
         raise InputError(f"lstm.projection_dim {options.projection} is more than there are filters")
 
