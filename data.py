@@ -18,7 +18,6 @@ import contextlib
 import functools
 import glob
 import gzip
-import inspect
 import itertools
 import json
 import os
@@ -53,10 +52,8 @@ BEGIN_SENTENCE, END_SENTENCE, BEGIN_WORD, END_WORD, PADDING = 256, 257, 258, 259
 def char_ids(word):
     """The character ids of a word, int32 [50], as in bilm-tf: begin of word, at most 48 UTF-8 bytes, end of word,
     padding. Ids are shifted by 1, so that 0 is left for positions without a word (see `batch_to_ids`)."""
-    if word in ("<S>", "</S>"):
-        codes = [BEGIN_SENTENCE if word == "<S>" else END_SENTENCE]
-    else:
-        codes = word.encode("utf-8", "ignore")[:MAX_CHARS - 2]
+    mark = {"<S>": BEGIN_SENTENCE, "</S>": END_SENTENCE}.get(word)
+    codes = [mark] if mark else word.encode("utf-8", "ignore")[:MAX_CHARS - 2]
     ids = np.full(MAX_CHARS, PADDING, np.int32)
     ids[:len(codes) + 2] = [BEGIN_WORD, *codes, END_WORD]
     return ids + 1
@@ -138,62 +135,54 @@ def both_directions(words):
     return list(zip(forward, forward[1:], backward, backward[1:]))
 
 
-class Streams:
-    """Reads a corpus as `batch_size` streams: iterating yields one `Chunk` after another.
+def read_chunks(corpus, vocabulary, options, seed=None, position=None, rank=0, size=1):
+    """Reads a corpus as `batch_size` streams; yields one `Chunk` after another.
 
     With a seed, the sentences are shuffled in each epoch, without end; without, they come once, in the corpus' order.
     Of `size` workers, each reads every size-th sentence of the order. `position` (of a chunk) says where to go on.
     bilm-tf reads the backward direction from a stream of its own; here both directions read the same sentences.
     """
+    n_streams, n_steps = options.batch_size, options.unroll_steps
+    position = np.zeros(2 + 2 * n_streams, np.int32) if position is None else position
+    (epoch, n_read), (records, n_left) = position[:2].tolist(), position[2:].reshape(2, -1).tolist()
+    # Of each stream: the steps that are left of its last sentence.
+    streams = [steps[len(steps) - n:] for n, steps in zip(n_left, map(both_directions, corpus.read(records)))]
+    sentences = read_epochs(corpus, seed, epoch, n_read, rank, size)
+    while True:
+        valid, steps = np.zeros((n_streams, n_steps), bool), []
+        for k, stream in enumerate(streams):
+            while len(stream) < n_steps and (sentence := next(sentences, None)):
+                epoch, n_read, records[k], words = sentence
+                stream += both_directions(words)
+            now = stream[:n_steps]
+            valid[k, :len(now)] = True
+            steps += now + [("<S>",) * 4] * (n_steps - len(now))  # not valid: any word will do
+            del stream[:n_steps]
+        if not valid.any():
+            return
+        forward, forward_target, backward, backward_target = zip(*steps)  # [streams · steps] each
+        index = {}
+        word_index = [index.setdefault(word, len(index)) for word in forward + backward]
+        target = vocabulary.ids(forward_target + backward_target)
+        word_index, target = (np.reshape(x, (2, n_streams, n_steps)).swapaxes(1, 2).astype(np.int32, "C")
+                              for x in (word_index, target))
+        yield Chunk(list(index), word_index, target, valid.T, word_index[0, 0] == index.get("<S>", -1),
+                    np.array([epoch, n_read, *records, *map(len, streams)], np.int32))
 
-    def __init__(self, corpus, vocabulary, options, seed=None, position=None, rank=0, size=1):
-        self.corpus, self.vocabulary, self.seed, self.rank, self.size = corpus, vocabulary, seed, rank, size
-        self.batch, self.time = options.batch_size, options.unroll_steps
-        if position is None:
-            position = np.zeros(2 + 2 * self.batch, np.int32)
-        (self.epoch, self.n_read), (records, n_left) = position[:2].tolist(), position[2:].reshape(2, -1).tolist()
-        self.records = records  # each stream's last sentence, and the steps that are left of it
-        self.streams = [steps[len(steps) - n:] for n, steps in zip(n_left, map(both_directions, corpus.read(records)))]
 
-    def sentences(self):
-        """Yields (record, words) of the corpus from where the streams stand, one epoch after the other."""
-        while True:
-            order = np.arange(self.corpus.sentences)
-            if self.seed is not None:
-                order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-            order = order[self.rank::self.size][self.n_read:]
-            for record, words in zip(order.tolist(), self.corpus.read(order)):
-                self.n_read += 1
-                yield record, words
-            if self.seed is None:
-                return
-            self.epoch, self.n_read = self.epoch + 1, 0
-
-    def __iter__(self):
-        sentences = self.sentences()
-        while True:
-            valid, steps = np.zeros((self.batch, self.time), bool), []
-            for k, stream in enumerate(self.streams):
-                while len(stream) < self.time:
-                    record, words = next(sentences, (None, None))
-                    if words is None:
-                        break
-                    self.records[k] = record
-                    stream += both_directions(words)
-                now = stream[:self.time]
-                valid[k, :len(now)] = True
-                steps += now + [("<S>",) * 4] * (self.time - len(now))  # not valid: any word will do
-                del stream[:self.time]
-            if not valid.any():
-                return
-            forward, forward_target, backward, backward_target = zip(*steps)  # [batch · time] each
-            index = {}
-            word_index = [index.setdefault(word, len(index)) for word in forward + backward]
-            target = self.vocabulary.ids(forward_target + backward_target)
-            word_index, target = (np.reshape(x, (2, self.batch, self.time)).swapaxes(1, 2).astype(np.int32, "C")
-                                  for x in (word_index, target))
-            yield Chunk(list(index), word_index, target, valid.T, word_index[0, 0] == index.get("<S>", -1), np.array(
-                [self.epoch, self.n_read, *self.records, *map(len, self.streams)], np.int32))
+def read_epochs(corpus, seed, epoch, n_read, rank, size):
+    """Yields (epoch, how many sentences of it are read, the last one's number, its words), one epoch after the other,
+    from where n_read sentences of an epoch are read."""
+    while True:
+        order = np.arange(corpus.sentences)
+        if seed is not None:
+            order = np.random.default_rng([seed, epoch]).permutation(order)
+        order = order[rank::size][n_read:]
+        for n_read, (record, words) in enumerate(zip(order.tolist(), corpus.read(order)), n_read + 1):
+            yield epoch, n_read, record, words
+        if seed is None:
+            return
+        epoch, n_read = epoch + 1, 0
 
 
 def prefetch(items, make, n_ahead=4):
@@ -206,10 +195,7 @@ def prefetch(items, make, n_ahead=4):
 
     with concurrent.futures.ThreadPoolExecutor(1) as reader, concurrent.futures.ThreadPoolExecutor(2) as makers:
         waiting = collections.deque(make_next() for _ in range(n_ahead))
-        while True:
-            made = waiting.popleft().result()
-            if made is end:
-                return
+        while (made := waiting.popleft().result()) is not end:
             waiting.append(make_next())
             yield made
 
@@ -220,13 +206,13 @@ def prefetch(items, make, n_ahead=4):
 # of a few lengths: tiers = ((number of words, their characters at most), ...), the last of full length.
 
 def measure_tiers(streams):
-    """The tiers that the first chunks of `Streams` need, with spare room. The limits between them are quantiles of the
+    """The tiers that the first of `read_chunks` need, with spare room. The limits between them are quantiles of the
     words' lengths; any limits are exact, these waste little."""
-    chunks = [[n_chars(word) for word in chunk.words] for chunk in itertools.islice(streams, 20)]
-    quantiles = np.quantile(list(itertools.chain.from_iterable(chunks)), (0.4, 0.8, 0.97)).astype(int)
+    chunks = [word_chars(chunk.words)[1] for chunk in itertools.islice(streams, 20)]
+    quantiles = np.quantile(np.concatenate(chunks), (0.4, 0.8, 0.97)).astype(int)
     limits = sorted({*quantiles.tolist(), MAX_CHARS})
     # A word may stand in any tier that is long enough: what counts is how many words are longer than a limit.
-    n_longer = [max(sum(length > limit for length in chunk) for chunk in chunks) for limit in [0, *limits]]
+    n_longer = [max(int((lengths > limit).sum()) for lengths in chunks) for limit in [0, *limits]]
     n_longer = [n + n // 20 + 16 for n in n_longer[:-1]] + [0]
     return tuple((more - fewer, limit) for more, fewer, limit in zip(n_longer, n_longer[1:], limits) if more > fewer)
 
@@ -235,8 +221,7 @@ def fill_tiers(tiers, words, word_index):
     """-> chars int32 [rows, 50]: the characters of the words, each in a row of a tier that it fits; and `word_index`
     with the words' rows. The rows that are left over come first. Words that find no room get 256 rows more of full
     length, as often as needed."""
-    chars = np.frombuffer(b"".join(map(char_bytes, words)), np.int32).reshape(-1, MAX_CHARS)
-    lengths = np.array(list(map(n_chars, words)))
+    chars, lengths = word_chars(words)
     order = np.argsort(lengths, kind="stable")
     room = np.repeat([limit for _, limit in tiers], [n for n, _ in tiers])
     while len(words) > len(room) or (lengths[order] > room[len(room) - len(words):]).any():
@@ -248,15 +233,13 @@ def fill_tiers(tiers, words, word_index):
     return filled, row[word_index]
 
 
-@functools.lru_cache(1 << 16)
-def char_bytes(word):
-    return char_ids(word).tobytes()
+def word_chars(words):
+    """-> the characters of words, int32 [words, 50], and how many of each are not padding."""
+    chars = np.frombuffer(b"".join(map(char_bytes, words)), np.int32).reshape(-1, MAX_CHARS)
+    return chars, np.count_nonzero(chars != PADDING + 1, axis=1)
 
 
-@functools.lru_cache(1 << 16)
-def n_chars(word):
-    """How many character ids of a word are not padding."""
-    return int((char_ids(word) != PADDING + 1).sum())
+char_bytes = functools.lru_cache(1 << 16)(lambda word: char_ids(word).tobytes())  # words recur from chunk to chunk
 
 
 # ---- 5. Tokenization of prose --------------------------------------------------------------------------------------
@@ -281,7 +264,6 @@ TOKEN = re.compile("|".join((
     r"\S")))                                                               # any punctuation by itself
 SENTENCE_END = re.compile(r"[.!?…。！？।؟]|\.{3,}|etc\.|[ap]\.m\.")
 CLOSING = frozenset(")]}’”»」』）")
-
 
 def tokenize(text):
     """The words of a text in the manner of the Penn Treebank (but quotes stay as they are), a list of str.
@@ -357,7 +339,7 @@ def find_inputs(patterns):
         for path in [pattern] if is_path else sorted(glob.glob(pattern, recursive=True)):
             if os.path.isfile(path) and os.path.getsize(path) == 0:
                 raise InputError(f"{path}: an empty file; check --input")
-            found += files_in(path) if os.path.isdir(path) else [path]
+            found += sorted(files_in(path)) if os.path.isdir(path) else [path]
         if not found:
             raise InputError(f"{pattern}: no such file, or a folder without files; check --input")
         for path in found:
@@ -366,25 +348,20 @@ def find_inputs(patterns):
 
 
 def files_in(folder):
-    """The files in a folder and its subfolders. InputError for what would be left out without a word: subfolders that
-    cannot be read or are links, pipes."""
-    def refuse(error):
-        raise error
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        paths = [os.path.join(parent, name) for name in sorted(names + folders)]
-        found += [path for path in paths if os.path.islink(path) or not os.path.isdir(path)]
-    for path in found:
-        if not os.path.isfile(path):
+    """Yields the files in a folder and its subfolders. An error for what would be left out without a word: subfolders
+    that cannot be read or are links, pipes."""
+    for path in sorted(os.path.join(folder, name) for name in os.listdir(folder)):
+        if os.path.isfile(path):
+            yield path
+        elif os.path.isdir(path) and not os.path.islink(path):
+            yield from files_in(path)
+        else:
             raise InputError(f"{path}: neither a file nor a folder; name what is meant in --input")
-    return sorted(found)
 
 
 def docstring_lines():
     """The lines of the docstrings of Python's standard library: English that every installation carries."""
-    root = sysconfig.get_paths()["stdlib"]
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
         folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "test", "tests", "idle_test"})
         for name in sorted(name for name in names if name.endswith(".py")):
             with open(os.path.join(folder, name), "rb") as file, warnings.catch_warnings():
@@ -395,7 +372,7 @@ def docstring_lines():
                     continue
             for node in nodes:
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    text = inspect.cleandoc(ast.get_docstring(node) or "")
+                    text = ast.get_docstring(node) or ""
                     text = re.sub(r"(?ms)^ *>>>.*?(\n *\n|\Z)", "\n", text)  # examples
                     text = re.sub(r"(?m)^\W+$", "", text)                     # underlines of headings
                     yield from text.split("\n")
@@ -450,17 +427,14 @@ class Writer:
         self.file.set_page_size(1 << 21)  # not 32 MB: MindRecord holds a page's index in memory
         self.file.add_schema({"text": {"type": "bytes"}}, "sentences")  # it would copy a string into its index, too
 
-    def add(self, words):
-        """Writes a sentence, a list of str."""
-        self.waiting.append(" ".join(words).encode())
-        self.sentences, self.tokens = self.sentences + 1, self.tokens + len(words)
-        self.checksum = zlib.crc32(self.waiting[-1] + b"\n", self.checksum)
+    def add(self, text, n_tokens):
+        """Writes a sentence, its tokens joined by spaces."""
+        self.waiting.append({"text": text})
+        self.sentences, self.tokens = self.sentences + 1, self.tokens + n_tokens
+        self.checksum = zlib.crc32(text + b"\n", self.checksum)
         if len(self.waiting) == 2000:
-            self.flush()
-
-    def flush(self):
-        self.file.write_raw_data([{"text": text} for text in self.waiting])
-        self.waiting = []
+            self.file.write_raw_data(self.waiting)
+            self.waiting = []
 
     def finish(self):
         """Completes the file with its totals and the checksum of all, the index beside it included."""
@@ -468,14 +442,13 @@ class Writer:
         if not self.sentences:
             raise InputError(f"{name}: no sentence for it; give more text")
         if self.waiting:
-            self.flush()
+            self.file.write_raw_data(self.waiting)
         if not has_room(self.path, 64 * self.sentences):
             raise RuntimeError("no room for the index")
         self.file.commit()
         totals = json.dumps([name, self.sentences, self.tokens, self.checksum]).encode().ljust(TOTALS)
-        end = totals + zlib.crc32(totals, file_checksum(self.path)).to_bytes(4, "big")
         with open(self.path, "ab") as file:
-            file.write(end)
+            file.write(totals + zlib.crc32(totals, file_checksum(self.path)).to_bytes(4, "big"))
 
 
 def has_room(path, size):
@@ -488,10 +461,7 @@ def file_checksum(path, leave=0):
     total = 0
     for name, rest in ((path, os.path.getsize(path) - leave), (path + ".db", os.path.getsize(path + ".db"))):
         with open(name, "rb") as file:
-            while rest > 0:
-                block = file.read(min(rest, 1 << 20))
-                if not block:
-                    break
+            while block := file.read(max(0, min(rest, 1 << 20))):
                 total, rest = zlib.crc32(block, total), rest - len(block)
     return total
 
@@ -524,20 +494,18 @@ class Corpus:
 
     def identify(self):
         """What tells whether the file or its index was replaced."""
-        return [(about.st_ino, about.st_size, about.st_mtime_ns) for about in (
-            os.stat(self.path), os.stat(self.path + ".db"))]
+        return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, (self.path, self.path + ".db"))]
 
     def read(self, records):
         """Yields the sentences of these numbers, in their order, each a list of words."""
-        import mindspore.dataset
+        from mindspore.dataset import MindDataset, SubsetSampler
         n = min(self.CHUNK, self.sentences)  # MindSpore refuses more numbers than there are records
         for start in range(0, len(records), n):
-            sampler = mindspore.dataset.SubsetSampler(records[start:start + n])
             try:
                 if self.identify() != self.files:
                     raise ValueError
-                chunk = mindspore.dataset.MindDataset(self.path, ["text"], num_parallel_workers=min(2, os.cpu_count()),
-                                                      sampler=sampler)
+                chunk = MindDataset(self.path, ["text"], num_parallel_workers=min(2, os.cpu_count()),
+                                    sampler=SubsetSampler(records[start:start + n]))
                 for text, in chunk.create_tuple_iterator(num_epochs=1, output_numpy=True):
                     yield text.tobytes().decode("utf-8").split()
             except (RuntimeError, ValueError, OSError):  # MindSpore's message is many lines
@@ -588,11 +556,9 @@ def run_program(program, command):
 
 def is_run(folder):
     """Whether it is the folder of a training run, in whose options.json elmo.py says so."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         with open(os.path.join(folder, "options.json"), encoding="utf-8") as file:
             return "run" in json.load(file)
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 RUN_FILE = r"(step-\d+\.npz|best\.npz|options\.json|vocab|log\.csv)"  # the files of a training run's folder
@@ -630,8 +596,7 @@ def with_progress(items, describe):
 
 def parse_arguments(argv):
     """The command line's arguments; InputError where they make no sense."""
-    parser = ArgumentParser(
-        prog="data.py", description="Convert text to the MindRecord file that elmo.py trains from.")
+    parser = ArgumentParser(prog="data.py", description="Convert text to the MindRecord file that elmo.py trains from.")
     add = parser.add_argument
     add("--input", "--input_file", nargs="+", action="extend", metavar="PATH", default=[], type=file_name,
         help="files, folders, globs, - for standard input; .gz is unpacked. UTF-8, one sentence a line, white space "
@@ -652,21 +617,14 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if (args.min_count or args.max_vocab) and not args.build_vocab:
         parser.error("--min-count and --max-vocab go with --build-vocab")
-    if not args.input:
-        args.heldout = args.heldout or "heldout.mindrecord"
+    args.heldout = args.heldout or (None if args.input else "heldout.mindrecord")
     if args.build_vocab and args.vocab and args.vocab.endswith(".gz"):
         parser.error(f"--vocab {args.vocab}: --build-vocab does not compress; give it another name")
     if args.heldout_share is not None and not (args.heldout and 0 < args.heldout_share < 1):
         parser.error("--heldout-share X goes with --heldout, 0 < X < 1")
-    if not args.vocab:
-        here = args.build_vocab or os.path.exists("vocab")
-        args.vocab = "vocab" if here else os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocab")
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocab")
+    args.vocab = args.vocab or ("vocab" if args.build_vocab or os.path.exists("vocab") else beside)
     return args
-
-
-def is_heldout(words, share):
-    """Whether a sentence is kept apart; its text decides, so that equal sentences always go the same way."""
-    return zlib.crc32(" ".join(words).encode()) < share * 2 ** 32
 
 
 def convert(args):
@@ -679,26 +637,24 @@ def convert(args):
     outputs = [path + end for path in records for end in ("", ".db")] + [args.vocab] * args.build_vocab
     check_outputs(outputs, inputs + [args.vocab] * (not args.build_vocab), args.overwrite)
     if not args.input:
-        library = sysconfig.get_paths()["stdlib"]
-        print(f"no --input: converting the docstrings of Python's library, {library}", flush=True)
+        print("no --input: converting the docstrings of Python's library,", sysconfig.get_paths()["stdlib"], flush=True)
     vocabulary = None if args.build_vocab else Vocabulary(args.vocab)
     share = (args.heldout_share or 0.01) if args.heldout else 0
     counts = [collections.Counter() for _ in records]
     # Everything is written in folders beside its destination and moved there when all of it is complete; a MindRecord
     # under its own name, since it holds that inside.
     with contextlib.ExitStack() as stack:
-        def draft(path):
-            folder = tempfile.TemporaryDirectory(prefix=".data-", dir=os.path.dirname(path) or ".")
-            return os.path.join(stack.enter_context(folder), os.path.basename(path))
-
-        drafts = {path: draft(path) for path in records + [args.vocab] * args.build_vocab}
+        folders = {folder: stack.enter_context(tempfile.TemporaryDirectory(prefix=".data-", dir=folder or "."))
+                   for folder in set(map(os.path.dirname, outputs))}
+        drafts = {path: os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in outputs}
         writers = [Writer(drafts[path]) for path in records]
         began = time.monotonic()
         try:
             for words in with_progress(read_sentences(inputs, args.raw or not inputs),
                                        lambda n, seconds: f"{n:,} sentences, {n / seconds:,.0f} a second"):
-                part = is_heldout(words, share)
-                writers[part].add(words)
+                text = " ".join(words).encode()
+                part = zlib.crc32(text) < share * 2 ** 32  # so that equal sentences always go the same way
+                writers[part].add(text, len(words))
                 counts[part].update(words if args.build_vocab else vocabulary.known(words))
             for writer in writers:
                 writer.finish()
@@ -707,15 +663,18 @@ def convert(args):
         if args.build_vocab:
             write_vocabulary(counts[0], drafts[args.vocab], args.min_count or 3, args.max_vocab)
             vocabulary = Vocabulary(drafts[args.vocab])
-        for path, file in drafts.items():
-            for end in (".db", "") if path in records else ("",):
-                os.replace(file + end, path + end)
+        for path in reversed(outputs):  # a .db before its MindRecord
+            os.replace(drafts[path], path)
     for path, writer, count in zip(records, writers, counts):
         unknown = sum(n for word, n in count.items() if vocabulary.index.get(word, UNK) == UNK) / writer.tokens
         print(f"{path}: {writer.sentences:,} sentences, {writer.tokens:,} tokens, {unknown:.2%} out of vocabulary")
     print(f"{sum(writer.tokens for writer in writers) / (time.monotonic() - began):,.0f} tokens a second, "
           f"{len(vocabulary):,} words in {args.vocab}")
-    warn_of_order(np.array([counts[0][word] for word in vocabulary.words[len(SPECIAL):]]), args.vocab)
+    order = frequency_order(np.array([counts[0][word] for word in vocabulary.words[len(SPECIAL):]]))
+    if order < 0.4:
+        print(f"WARNING: {args.vocab} is not in the order of frequency of this text (score {order:.2f}; the best order "
+              "has 1, a random one 0).\nWARNING: The sampled softmax takes the first words to be the most frequent, "
+              "and would train poorly. Sort them or use --build-vocab.", file=sys.stderr)
 
 
 def write_vocabulary(counts, path, min_count, max_words):
@@ -741,15 +700,6 @@ def frequency_order(counts):
     mean, best = (np.average(log_rank, weights=c) for c in (counts, np.sort(counts)[::-1]))
     random = log_rank.mean()
     return (random - mean) / (random - best) if random > best else 1.0
-
-
-def warn_of_order(counts, vocab):
-    """Warns where a vocabulary is not in the order of its words' counts in the text."""
-    order = frequency_order(counts)
-    if order < 0.4:
-        print(f"WARNING: {vocab} is not in the order of frequency of this text (score {order:.2f}; the best order has "
-              "1, a random one 0).\nWARNING: The sampled softmax takes the first words to be the most frequent, and "
-              "would train poorly. Sort them or use --build-vocab.", file=sys.stderr)
 
 
 def main(argv=None):

@@ -42,9 +42,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import (MAX_CHARS, RUN_FILE, SPECIAL, ArgumentParser, Corpus, InputError, Streams, Vocabulary, char_ids,
-                  check_outputs, check_sentences, file_name, fill_tiers, has_room, measure_tiers, natural, open_text,
-                  prefetch, run_program, with_progress)  # before mindspore: it quiets MindSpore's log
+from data import (MAX_CHARS, RUN_FILE, SPECIAL, ArgumentParser, Corpus, InputError, Vocabulary, char_ids, check_outputs,
+                  check_sentences, file_name, fill_tiers, has_room, measure_tiers, natural, open_text, prefetch,
+                  read_chunks, run_program, with_progress)  # before mindspore: it quiets MindSpore's log
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -521,8 +521,8 @@ def training_batches(run, corpus, tiers):
         step, chunk = step_and_chunk
         return make_batch(chunk, step, tiers, len(run.vocabulary), run.options, run.seed, rank), chunk.position
 
-    streams = Streams(corpus, run.vocabulary, run.options, run.seed, run.position, rank, size)
-    return prefetch(enumerate(streams, run.step), make)
+    chunks = read_chunks(corpus, run.vocabulary, run.options, run.seed, run.position, rank, size)
+    return prefetch(enumerate(chunks, run.step), make)
 
 
 def make_loss(bilm, tiers):
@@ -635,7 +635,7 @@ def train(args):
         return
     print(f"{n_steps:,} steps of {tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-    tiers = measure_tiers(Streams(corpus, run.vocabulary, o, run.seed))
+    tiers = measure_tiers(read_chunks(corpus, run.vocabulary, o, run.seed))
     step = make_step(run, tiers)
     perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, workers) if heldout else None
     batches = training_batches(run, corpus, tiers)
@@ -678,8 +678,8 @@ class Perplexities(NamedTuple):
 def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     """-> the function that measures the `Perplexities` of a corpus: under the full softmax, every prediction counted
     once, without dropout. Several workers share the corpus."""
-    streams = functools.partial(Streams, corpus, vocabulary, bilm.options)
-    tiers = measure_tiers(streams())
+    chunks = functools.partial(read_chunks, corpus, vocabulary, bilm.options)
+    tiers = measure_tiers(chunks())
 
     @compiled
     def losses(state, chars, word_index, target):
@@ -692,7 +692,7 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     def perplexity():
         # As in bilm-tf the state of a stream is carried on from sentence to sentence; unlike in training, always.
         total, n, state = np.zeros(2), 0, zero_state(bilm.options, bilm.options.batch_size)
-        for inputs, target, valid in prefetch(streams(rank=workers.rank, size=workers.size), lambda chunk: (
+        for inputs, target, valid in prefetch(chunks(rank=workers.rank, size=workers.size), lambda chunk: (
                 fill_tiers(tiers, chunk.words, chunk.word_index), chunk.target, chunk.valid)):
             loss, state = losses(state, *map(Tensor, inputs), Tensor(target))
             total += loss.asnumpy().astype(np.float64)[:, valid.reshape(-1)].sum(1)

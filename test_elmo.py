@@ -36,7 +36,7 @@ import pytest
 
 import data
 import elmo
-from data import SPECIAL, Chunk, Streams, Vocabulary, batch_to_ids, char_ids, fill_tiers, measure_tiers, prefetch
+from data import SPECIAL, Chunk, Vocabulary, batch_to_ids, char_ids, fill_tiers, measure_tiers, prefetch, read_chunks
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
@@ -516,7 +516,7 @@ def test_the_character_encoder_equals_numpy_also_for_words_in_tiers_of_length(ac
     close(encoder(Tensor(chars)), expected)
     limits = (3, 11, 43)
     for some in [*([limit] for limit in limits), limits]:
-        n_short = [sum(data.n_chars(word) <= limit for word in ODD_WORDS) for limit in some]
+        n_short = [(data.word_chars(ODD_WORDS)[1] <= limit).sum() for limit in some]
         tiers = [*zip(np.diff([0, *n_short, n]).tolist(), [*some, 50])]
         chars, rows = fill_tiers(tiers, ODD_WORDS, np.arange(n))
         assert len(chars) == n  # each tier is full
@@ -1148,8 +1148,8 @@ def some_sentences(n=40, seed=0, longest=9):
 
 
 def stream(corpus, o, *arguments, n=None, **more):
-    """The first n chunks of `Streams` (None: all)."""
-    return itertools.islice(Streams(corpus, vocabulary_of(*VOCABULARY), o, *arguments, **more), n)
+    """The first n chunks (None: all)."""
+    return itertools.islice(read_chunks(corpus, vocabulary_of(*VOCABULARY), o, *arguments, **more), n)
 
 
 def read_streams(chunks):
@@ -1266,7 +1266,7 @@ def test_the_stream_goes_on_from_any_position_with_the_very_same_batches(rank, s
 def test_every_words_characters_come_back_through_the_tiers():
     words = ["a", "I", "the", "cats", "tokens", "x" * 10, "y" * 48, "z" * 60, "日本語", "<S>", "</S>"]
     word_index = np.random.default_rng(0).integers(0, len(words), (2, 4, 3))
-    assert sorted(map(data.n_chars, words)) == [3, 3, 3, 3, 5, 6, 8, 11, 12, 50, 50]
+    assert sorted(data.word_chars(words)[1]) == [3, 3, 3, 3, 5, 6, 8, 11, 12, 50, 50]
     # All fit exactly; much room; one too many of 12; one row too few; a single tier.
     for tiers, size in ((((4, 3), (3, 8), (4, 50)), 11), (((20, 6), (20, 50)), 40), (((9, 11), (2, 50)), 267),
                         (((6, 6), (4, 50)), 266), (((11, 50),), 11)):
@@ -1407,7 +1407,7 @@ def check_trajectory(o, n_steps, vocabulary, loss_scaler=None):
     squares, state = {name: np.ones(array.shape) for name, array in w.items()}, np.zeros(run.lstm_state.shape)
     tiers = ((40, 50),)
     step, clipped, graphs, states = elmo.make_step(run, tiers), [], [], []
-    for n, chunk in enumerate(Streams(corpus, vocabulary, o, 0)):
+    for n, chunk in enumerate(read_chunks(corpus, vocabulary, o, 0)):
         batch = elmo.make_batch(chunk, n, tiers, len(vocabulary), o, 0)
         if n == n_steps:
             break
@@ -1853,7 +1853,7 @@ def test_two_workers_compute_what_one_does_that_reads_the_streams_of_both(text, 
     o, n_steps = elmo.read_options(str(two_workers.folder / "options.json")), 15
     run, losses = elmo.Run(replace(o, batch_size=8), text.vocabulary), []
     chunks = [side_by_side(pair) for pair in itertools.islice(zip(*(
-        Streams(text.corpus, text.vocabulary, o, 0, rank=rank, size=2) for rank in (0, 1))), n_steps)]
+        read_chunks(text.corpus, text.vocabulary, o, 0, rank=rank, size=2) for rank in (0, 1))), n_steps)]
     tiers = measure_tiers(chunks)
     step = elmo.make_step(run, tiers)
     for k, chunk in enumerate(chunks):
