@@ -273,7 +273,7 @@ class BiLM(nn.Cell):
             for layer in range(o.n_layers) for direction in (0, 1)])
         self.begin, self.end = (Tensor(char_ids(word)).reshape(1, 1, -1) for word in SPECIAL[:2])
         if weight_file is not None:
-            load_weights(weight_file, self)
+            load_weights(weight_file, self.get_parameters())
 
     def contextualize(self, x, state, lengths=None, masks=None):
         """The LSTMs over a chunk of text -> [[→h_1, ..., →h_L], [←h_1, ..., ←h_L]], each [time, batch, projection], and
@@ -649,11 +649,10 @@ def train(args):
             log_is_due = epoch_is_over or run.step % args.log_every == 0
             if log_is_due:
                 run.log_loss(args.out, epoch, n_steps, tokens_per_step)  # the sampled loss; waits for the device
-            if epoch_is_over:
-                scores = perplexity() if perplexity else None  # over all words: higher than exp of the sampled loss
-                is_best = run.log_perplexities(args.out, epoch, scores)
+            if epoch_is_over:  # perplexities are over all words: higher than exp of the sampled loss
+                is_best = run.log_perplexities(args.out, epoch, perplexity()) if perplexity else True
             # Of several workers, each knows of the others' signals when all of them log: asking takes time.
-            stopping = bool(signals) if workers.size == 1 else log_is_due and workers.any(signals)
+            stopping = (workers.size == 1 or log_is_due) and workers.sum([len(signals)])[0] > 0
             if epoch_is_over or stopping or (args.save_every and run.step % args.save_every == 0):
                 run.save(args.out, is_best)
             if stopping or run.step == n_steps:
@@ -661,7 +660,8 @@ def train(args):
             if log_is_due or run.clock is None:  # the compilation of the first step is not timed, nor perplexity
                 run.clock = run.step, time.perf_counter()
     if run.step < n_steps:
-        print_how_to_go_on(args, run.step)
+        command = shlex.join(args.argv) + ("" if args.resume else " --resume")
+        print(f"stopped after step {run.step:,}, which is saved; to go on: python {command}", flush=True)
 
 
 class Perplexities(NamedTuple):
@@ -763,18 +763,14 @@ class LogSumExp(nn.Cell):
     The logits, [n, classes], are the largest tensor of a step: to save memory, bprop computes them again.
     """
 
-    def __init__(self):
-        super().__init__()
-        self.softmax = ops.Softmax()
-
     def construct(self, y, W):
         z = matmul(y, W, transpose_y=True)  # [n, classes]
         # softmax(z)_k = exp z_k / Σ exp z, so log Σ exp z = z_k - log softmax(z)_k; softmax is one kernel, and its
         # largest number the most precise.
-        return z.max(axis=1) - log(self.softmax(z).max(axis=1))
+        return z.max(axis=1) - log(ops.Softmax()(z).max(axis=1))
 
     def bprop(self, y, W, out, dout):
-        p, dout = self.softmax(matmul(y, W, transpose_y=True)), dout.reshape(-1, 1)  # d log Σ exp z / dz = softmax(z)
+        p, dout = ops.Softmax()(matmul(y, W, transpose_y=True)), dout.reshape(-1, 1)  # p = d log Σ exp z / dz
         return dout * matmul(p, W), matmul(p, dout * y, transpose_x=True)
 
 
@@ -896,10 +892,11 @@ def sentence_vectors(embedder, path, tokens_at_once=1 << 15):
 
 # ---- 10. The file formats of bilm-tf and AllenNLP --------------------------------------------------------------------
 
-JSON_KEYS = {"filters": "char_cnn.filters", "n_highway": "char_cnn.n_highway", "char_dim": "char_cnn.embedding.dim",
-             "activation": "char_cnn.activation", "n_layers": "lstm.n_layers", "dim": "lstm.dim",
-             "projection": "lstm.projection_dim", "use_skip_connections": "lstm.use_skip_connections",
-             "cell_clip": "lstm.cell_clip", "proj_clip": "lstm.proj_clip"}  # others have the name of the option
+JSON_KEYS = {f.name: f.name for f in fields(Options)} | {
+    "filters": "char_cnn.filters", "n_highway": "char_cnn.n_highway", "char_dim": "char_cnn.embedding.dim",
+    "activation": "char_cnn.activation", "n_layers": "lstm.n_layers", "dim": "lstm.dim",
+    "projection": "lstm.projection_dim", "use_skip_connections": "lstm.use_skip_connections",
+    "cell_clip": "lstm.cell_clip", "proj_clip": "lstm.proj_clip"}
 VALID = {"n_highway": (0, 16), "char_dim": (1, 1024), "n_layers": (1, 16), "dim": (1, 65536), "projection": (1, 65536),
          "n_epochs": (1, 1 << 20), "cell_clip": (0.01, 1e9), "proj_clip": (0.01, 1e9), "dropout": (0, 0.99),
          "batch_size": (1, 65536), "unroll_steps": (1, 1024), "n_negative_samples_batch": (1, 1 << 24),
@@ -909,7 +906,7 @@ VALID = {"n_highway": (0, 16), "char_dim": (1, 1024), "n_layers": (1, 16), "dim"
 def check_options(options):
     """InputError where an option's value makes no sense."""
     for f in fields(Options):
-        value, key = getattr(options, f.name), JSON_KEYS.get(f.name, f.name)
+        value, key = getattr(options, f.name), JSON_KEYS[f.name]
         if f.name == "filters":
             rule = f"[[width, number], ...] (tuples in Python), a width 1 to {MAX_CHARS}"
             valid = isinstance(value, tuple) and value and all(
@@ -940,10 +937,9 @@ def read_options(path):
     """The `Options` of a JSON file in bilm-tf's format; InputError where it cannot be used. What is about training may
     be missing, since AllenNLP's files lack it, and takes bilm-tf's values."""
     content, values = read_json(path), {}
-    for f in fields(Options):
-        key = JSON_KEYS.get(f.name, f.name)
+    for name, key in JSON_KEYS.items():
         if content.get(key) is not None:
-            values[f.name] = content[key]
+            values[name] = content[key]
         elif "." in key:
             raise InputError(f"{path}: lacks {key}, which the model's shape depends on")
     fixed = {"char_cnn.max_characters_per_token": (MAX_CHARS,), "char_cnn.n_characters": (261, 262),
@@ -951,14 +947,11 @@ def read_options(path):
     for key, known in fixed.items():
         if content.get(key) not in (None, *known):
             raise InputError(f"{path}: {key} must be {json.dumps(known[0])}, as in every published model")
-    unknown = set(content) - set(fixed) - {JSON_KEYS.get(f.name, f.name) for f in fields(Options)}
-    unknown = [key for key in sorted(unknown) if not key.startswith("run.")]
+    unknown = sorted(key for key in {*content} - {*fixed, *JSON_KEYS.values()} if not key.startswith("run."))
     if unknown:
         print(f"{path}: ignores {', '.join(unknown)}", file=sys.stderr)
-    try:
-        values["filters"] = tuple(tuple(pair) for pair in values["filters"])
-    except TypeError:
-        pass  # check_options says what is wrong with it
+    if isinstance(values["filters"], list):
+        values["filters"] = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in values["filters"])
     try:
         return Options(**values)
     except InputError as error:
@@ -983,18 +976,18 @@ def flat(content, prefix=""):
 def as_json(options, **run):
     """bilm-tf's JSON format, as nested dictionaries; a run's folder adds what else the run consists of."""
     content = {"char_cnn": {"max_characters_per_token": MAX_CHARS, "n_characters": 262}}
-    for f in fields(Options):
-        *outer, key = JSON_KEYS.get(f.name, f.name).split(".")
+    for name, path in JSON_KEYS.items():
+        *outer, key = path.split(".")
         node = content
-        for name in outer:
-            node = node.setdefault(name, {})
-        node[key] = getattr(options, f.name)
+        for part in outer:
+            node = node.setdefault(part, {})
+        node[key] = getattr(options, name)
     return json.loads(json.dumps({**content, **({"run": run} if run else {})}))  # tuples become lists, as read back
 
 
-def write_json(path, content):
-    with written(path) as draft, open(draft, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+def write_text(path, text):
+    with written(path) as draft, open(draft, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
 
 
 def published_name(p):
@@ -1029,10 +1022,10 @@ def open_arrays(path):
             yield names, lambda name: file[name][...]
 
 
-def load_weights(path, *cells, parameters=(), about=()):
-    """Reads parameters, those of cells and others, from a .npz or .hdf5 -> the arrays of the names in `about`.
-    InputError where one is missing, of another shape or not finite, or where the file holds more layers."""
-    wanted = {published_name(p): p for p in itertools.chain(*(cell.get_parameters() for cell in cells), parameters)}
+def load_weights(path, parameters, about=()):
+    """Reads parameters from a .npz or .hdf5 -> the arrays of the names in `about`. InputError where one is missing, of
+    another shape or not finite, or where the file holds more layers."""
+    wanted = {published_name(p): p for p in parameters}
     try:
         with open_arrays(path) as (names, read):
             for name in names:
@@ -1059,22 +1052,21 @@ def load_weights(path, *cells, parameters=(), about=()):
 
 def write_arrays(path, arrays):
     """Writes (name, array) pairs one by one to a .npz or .hdf5 file, which appears under its name when it is whole."""
-    h5py = None if path.endswith(".npz") else import_h5py(path)
     with written(path) as draft:
-        if h5py:
-            with h5py.File(draft, "w") as file:
+        if path.endswith(".npz"):
+            with open(draft, "wb") as file:
+                with zipfile.ZipFile(file, "w") as archive:
+                    for name, array in arrays:
+                        with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                            np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            with import_h5py(path).File(draft, "w") as file:
                 for name, array in arrays:
                     if not has_room(path, array.nbytes):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     file.create_dataset(name, data=array)
-            return
-        with open(draft, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                for name, array in arrays:
-                    with archive.open(name + ".npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -1096,15 +1088,15 @@ def written(path):
 
 def export(args):
     """Writes a run's best weights as an .hdf5 that bilm-tf and AllenNLP read, and its options beside it."""
-    if not args.weights.endswith((".hdf5", ".h5")):
-        raise InputError(f"{args.weights}: the name must end in .hdf5")
-    options_file = re.sub(r"(_?weights)?\.(hdf5|h5)$", "", args.weights) + "_options.json"
-    check_outputs([args.weights, options_file], model_files(args), args.overwrite)
+    if not args.output.endswith((".hdf5", ".h5")):
+        raise InputError(f"{args.output}: the name must end in .hdf5")
+    options_file = re.sub(r"(_?weights)?\.(hdf5|h5)$", "", args.output) + "_options.json"
+    check_outputs([args.output, options_file], model_files(args), args.overwrite)
     bilm, softmax, _ = open_model(args)
     everything = [*bilm.get_parameters(), *softmax.get_parameters()]
-    write_arrays(args.weights, ((published_name(p), p.asnumpy()) for p in everything))
-    write_json(options_file, as_json(bilm.options))
-    print(f"wrote {args.weights} and {options_file}")
+    write_arrays(args.output, ((published_name(p), p.asnumpy()) for p in everything))
+    write_text(options_file, json.dumps(as_json(bilm.options), indent=1))
+    print(f"wrote {args.output} and {options_file}")
 
 
 # ---- 11. A run's folder: checkpoints, resuming, the log --------------------------------------------------------------
@@ -1149,7 +1141,7 @@ class Run:
     def log_loss(self, folder, epoch, n_steps, tokens_per_step):
         """One line on the console and in log.csv: the mean loss since the last, tokens a second, the time left."""
         loss, speed, left = self.fetch_losses()[:, 0].mean(), "", ""
-        if self.clock and self.step > self.clock[0]:
+        if self.clock:
             rate = (self.step - self.clock[0]) / (time.perf_counter() - self.clock[1])
             speed = f"{rate * tokens_per_step:.0f}"
             left = f"{int(speed):,} tokens/s  {math.ceil((n_steps - self.step) / rate / 60)} min left"
@@ -1159,10 +1151,7 @@ class Run:
         self.write_log(folder)
 
     def log_perplexities(self, folder, epoch, scores):
-        """At the end of an epoch: adds the held-out `Perplexities` (or None) to the last line -> whether it is the best
-        epoch so far."""
-        if scores is None:
-            return True
+        """At an epoch's end: adds the held-out `Perplexities` to the last line -> whether it is the best so far."""
         print(f"epoch {epoch}: held-out {scores}", flush=True)
         self.log[-1] = self.log[-1][:-2] + f"{scores.forward:.4f},{scores.backward:.4f},{scores.average:.4f}"
         self.write_log(folder)
@@ -1171,10 +1160,8 @@ class Run:
 
     def write_log(self, folder):
         if self.workers.rank == 0:
-            path = os.path.join(folder, "log.csv")
-            with written(path) as draft, open(draft, "w", encoding="utf-8") as file:
-                file.write("\n".join(["step,epoch,loss,tokens_per_second,heldout_forward,heldout_backward,"
-                                      "heldout_average", *self.log, ""]))
+            write_text(os.path.join(folder, "log.csv"), "\n".join([
+                "step,epoch,loss,tokens_per_second,heldout_forward,heldout_backward,heldout_average", *self.log, ""]))
 
     def parameters(self):
         scale = [self.loss_scaler.scale_value] if self.loss_scaler else []
@@ -1182,14 +1169,14 @@ class Run:
 
     def save(self, folder, is_best):
         """Writes step-N.npz, keeps the last two of these, and the best as best.npz. Worker 0 does it for all."""
-        losses = self.fetch_losses() if self.losses else []
+        losses = self.fetch_losses()
         states = self.workers.gather(self.lstm_state).asnumpy()
         positions = self.workers.gather(Tensor(self.position)).asnumpy()
         if self.workers.rank:
             return
         if not set(checkpoints(folder)) <= self.own_checkpoints:
             raise InputError(f"{folder}: another process trains this run, too; it goes on, this one stops")
-        about = {"step": self.step, "positions": positions, "best": self.best, "losses": np.reshape(losses, (-1, 2)),
+        about = {"step": self.step, "positions": positions, "best": self.best, "losses": losses,
                  "lstm_states": states, "log": "\n".join(self.log),
                  "trained_with": trained_with(self.options, self.vocabulary),
                  "n_finite": self.loss_scaler.counter.asnumpy() if self.loss_scaler else 0}
@@ -1207,9 +1194,8 @@ class Run:
         self.own_checkpoints = set(checkpoints(folder))
         for path in reversed(checkpoints(folder)):
             try:
-                step, best, losses, positions, states, log, n_finite = load_weights(
-                    path, parameters=self.parameters(), about=(
-                        "step", "best", "losses", "positions", "lstm_states", "log", "n_finite"))
+                step, best, losses, positions, states, log, n_finite = load_weights(path, self.parameters(), (
+                    "step", "best", "losses", "positions", "lstm_states", "log", "n_finite"))
             except InputError as error:
                 print(f"{error}; trying the one before", flush=True)
                 continue
@@ -1275,13 +1261,13 @@ def open_run(args):
         print(f"{args.options}: n_tokens_vocab is {options.n_tokens_vocab:,}, but {args.vocab} has {n_words:,} words, "
               "which decides", flush=True)
     run = Run(replace(options, n_tokens_vocab=n_words), vocabulary, args.seed, args.amp, workers)
-    has_softmax = True
     if args.weights and not (args.resume and checkpoints(args.out)):
-        load_weights(args.weights, run.bilm)
+        load_weights(args.weights, run.bilm.get_parameters())
         with open_arrays(args.weights) as (names, _):
-            has_softmax = any(name.startswith("softmax/") for name in names)
-        if has_softmax:
-            load_weights(args.weights, run.softmax)
+            if any(name.startswith("softmax/") for name in names):
+                load_weights(args.weights, run.softmax.get_parameters())
+            else:
+                print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
     if workers.rank == 0:
         prepare_folder(args, run, corpus, heldout)
     if args.resume:
@@ -1290,8 +1276,6 @@ def open_run(args):
     print(f"{corpus.sentences:,} sentences, {corpus.tokens:,} tokens, {n_words:,} words; "
           f"{sum(p.size for p in run.bilm.get_parameters()):,} parameters and "
           f"{run.softmax.W.size + run.softmax.b.size:,} of the softmax", flush=True)
-    if not has_softmax:
-        print(f"{args.weights} has no softmax: that table starts fresh", flush=True)
     if args.weights and heldout and not run.step:
         scores = make_perplexity(run.bilm, run.softmax, vocabulary, heldout, workers)()
         print(f"before training: held-out {scores}", flush=True)
@@ -1329,15 +1313,8 @@ def prepare_folder(args, run, corpus, heldout):
         if re.fullmatch(rf"{RUN_FILE}\.\d+\.part", name):  # of a run that was killed
             os.remove(os.path.join(args.out, name))
     if not os.path.exists(vocabulary):
-        with written(vocabulary) as draft, open(draft, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(word + "\n" for word in run.vocabulary.words)  # --vocab may be compressed
-    write_json(options_file, content)
-
-
-def print_how_to_go_on(args, step):
-    """What a run that was stopped prints last."""
-    resume = "" if args.resume else " --resume"
-    print(f"stopped after step {step:,}, which is saved; to go on: python {shlex.join(args.argv)}{resume}", flush=True)
+        write_text(vocabulary, "\n".join([*run.vocabulary.words, ""]))  # not copied: --vocab may be compressed
+    write_text(options_file, json.dumps(content, indent=1))
 
 
 @contextlib.contextmanager
@@ -1359,30 +1336,28 @@ def stop_signals():
 
 
 def model_files(args):
-    """The files that `open_model` reads."""
-    if args.command != "export" and args.weights:
-        return [args.options, args.weights]
+    """The options, vocabulary and weights that `open_model` reads."""
+    if args.weights:
+        return [args.options, args.vocab, args.weights]
     return [os.path.join(args.out, name) for name in ("options.json", "vocab", "best.npz")]
 
 
 def open_model(args, with_softmax=True):
     """The model of --options and --weights, or the best of the training run in --out -> its `BiLM`, `Softmax` and
     `Vocabulary` (the last two None where they are not asked for)."""
-    from_run = args.command == "export" or not args.weights
-    options, vocabulary, weights = model_files(args) if from_run else (
-        args.options, getattr(args, "vocab", None), args.weights)
-    if from_run and not os.path.isdir(args.out):
+    options, vocabulary_file, weights = model_files(args)
+    if not args.weights and not os.path.isdir(args.out):
         raise InputError(f"{args.out}: no such folder; train with --out {args.out} first")
-    if from_run and not os.path.exists(weights):
+    if not args.weights and not os.path.exists(weights):
         raise InputError(f"{weights}: no such file; " + (
             "it is written at the end of an epoch: go on training with --resume" if checkpoints(args.out)
             else f"train with --out {args.out} first"))
-    bilm, softmax = BiLM(read_options(options)), None
-    vocabulary = Vocabulary(vocabulary) if with_softmax else None
+    bilm, softmax, vocabulary = BiLM(options, weights), None, None
     if with_softmax:
+        vocabulary = Vocabulary(vocabulary_file)
         softmax = Softmax(len(vocabulary), bilm.options.projection)
-    load_weights(weights, *[cell for cell in (bilm, softmax) if cell])
-    if from_run:
+        load_weights(weights, softmax.get_parameters())
+    if not args.weights:
         check_trained_with(weights, bilm.options, vocabulary)
     return bilm, softmax, vocabulary
 
@@ -1414,19 +1389,15 @@ class Workers:
 
     def gather(self, x):
         """x of each worker, [size, *x.shape]."""
-        if self.size == 1:
-            return x.reshape(1, *x.shape)
-        return self.all_gather(x.reshape(1, *x.shape))
+        x = x.reshape(1, *x.shape)
+        return x if self.size == 1 else self.all_gather(x)
 
     def mean(self, tensors):
         """Each tensor's mean over the workers, all in one collective."""
         if self.size == 1:
             return tensors
-        flat, means, first = self.all_reduce(ops.concat([x.reshape(-1) for x in tensors])) / self.size, [], 0
-        for x in tensors:
-            means.append(flat[first:first + x.size].reshape(x.shape))
-            first += x.size
-        return means
+        flat = self.all_reduce(ops.concat([x.reshape(-1) for x in tensors])) / self.size
+        return [part.reshape(x.shape) for part, x in zip(ops.split(flat, [x.size for x in tensors]), tensors)]
 
     def sum(self, numbers):
         """The sums of numbers over the workers."""
@@ -1435,26 +1406,22 @@ class Workers:
         high = np.array(numbers, np.float32)  # in two float32, which all devices can add
         return self.all_reduce(Tensor(np.float32([high, numbers - high]))).asnumpy().sum(0, np.float64).tolist()
 
-    def any(self, condition):
-        """Whether it holds for any worker."""
-        return self.sum([float(bool(condition))])[0] > 0
-
 
 # ---- 13. Command line ------------------------------------------------------------------------------------------------
 
-COMMANDS = {"train": train, "test": test, "embed": embed, "export": export}
-HELP = {"train": "train (the default)", "test": "perplexity of held-out text", "embed": "vectors of sentences",
-        "export": "a run's weights as .hdf5"}
+COMMANDS = {"train": (train, "train (the default)"), "test": (test, "perplexity of held-out text"),
+            "embed": (embed, "vectors of sentences"), "export": (export, "a run's weights as .hdf5")}
 
 
-def make_parsers():
-    """-> the program's parser and those of its commands."""
+def make_parser():
     parser = ArgumentParser(prog="elmo.py", usage="elmo.py [train] | test | embed | export [options]",
                             description="Train ELMo's biLM, test it, embed sentences with it, or export its weights.",
                             formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(options=None, vocab=None, weights=None)  # for commands without these flags
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    parsers = {name: commands.add_parser(name, prog=f"elmo.py {name}", help=HELP[name], allow_abbrev=False)
-               for name in COMMANDS}
+    parsers = {name: commands.add_parser(name, prog=f"elmo.py {name}", help=about, allow_abbrev=False)
+               for name, (_, about) in COMMANDS.items()}
+    file = {"metavar": "FILE", "type": file_name}
 
     def add(names, *flags, **rest):
         for name in names.split():
@@ -1464,19 +1431,15 @@ def make_parsers():
         help="default: %(default)s")
     add("train test embed export", "--out", "--train_url", metavar="DIR", type=file_name,
         help="folder of a training run: train writes it, the others read its best model (default: model)")
-    add("train test", "--vocab", "--vocab_path", metavar="FILE", type=file_name,
-        help="the vocabulary (default: vocab; of a run, its own)")
-    add("train test embed", "--options", "--options_path", metavar="FILE", type=file_name,
-        help="options in bilm-tf's JSON format")
-    add("train test embed", "--weights", metavar="FILE", type=file_name,
-        help="weights in bilm-tf's format, .hdf5. train: start from them; test, embed: use them, with --options, "
-             "instead of --out")
-    add("export", "--weights", metavar="FILE", type=file_name, required=True, help="file to write, .hdf5")
-    add("train", "--data", "--data_url", metavar="FILE", default="train.mindrecord", type=file_name,
+    add("train test", "--vocab", "--vocab_path", **file, help="the vocabulary (default: vocab; of a run, its own)")
+    add("train test embed", "--options", "--options_path", **file, help="options in bilm-tf's JSON format")
+    add("train test embed", "--weights", **file, help="weights in bilm-tf's format, .hdf5. train: start from them; "
+        "test, embed: use them, with --options, instead of --out")
+    add("export", "--weights", dest="output", **file, required=True, help="file to write, .hdf5")
+    add("train test", "--data", "--data_url", **file, default="train.mindrecord",
         help="text that data.py converted (default: %(default)s)")
-    add("test", "--data", "--data_url", metavar="FILE", default="heldout.mindrecord", type=file_name,
-        help="text that data.py converted (default: %(default)s)")
-    add("train", "--heldout", metavar="FILE", type=file_name,
+    parsers["test"].set_defaults(data="heldout.mindrecord")
+    add("train", "--heldout", **file,
         help="text to test on after each epoch (default: heldout.mindrecord, if there is one)")
     add("train", "--size", choices=SIZES, help="of the model, where there are no --options (default: original)")
     add("train", "--epochs", "--epoch_num", dest="n_epochs", metavar="N", type=int,
@@ -1494,17 +1457,16 @@ def make_parsers():
     add("train", "--resume", action="store_true",
         help="go on with the run in --out from its last checkpoint, as if it had not stopped")
     add("train", "--amp", choices=("float16", "bfloat16"), help="matrix products in this type (default: float32)")
-    add("embed", "--input", metavar="FILE", type=file_name, required=True, help="tokenized sentences, one a line")
-    add("embed", "--output", metavar="FILE", type=file_name, required=True,
-        help="vectors to write, one array a line: .npz or .hdf5")
+    add("embed", "--input", **file, required=True, help="tokenized sentences, one a line")
+    add("embed", "--output", **file, required=True, help="vectors to write, one array a line: .npz or .hdf5")
     add("embed export", "--overwrite", action="store_true", help="replace files that exist")
     parser.epilog = "\n".join(p.format_help() for p in parsers.values())
-    return parser, parsers
+    return parser
 
 
 def parse_arguments(argv):
     """The command line's arguments, with the defaults that depend on others; InputError where they make no sense."""
-    parser, parsers = make_parsers()
+    parser = make_parser()
     with_command = argv if argv and argv[0] in (*COMMANDS, "-h", "--help") else ["train", *argv]
     args = parser.parse_args(with_command)
     out = args.out or "model"
@@ -1515,24 +1477,23 @@ def parse_arguments(argv):
         begun = read_json(options_file).get("run.arguments")
         if not isinstance(begun, list) or not all(isinstance(text, str) for text in begun):
             raise InputError(f"{options_file}: damaged; train into another --out")
-        args = parsers["train"].parse_args([*begun, *with_command[1:]], argparse.Namespace(command="train"))
+        args = parser.parse_args(["train", *begun, *with_command[1:]])
         args.options = args.options or (None if args.size else options_file)
+        of_run = os.path.join(out, "vocab")
+        args.vocab = args.vocab or (of_run if os.path.exists(of_run) else None)
     elif args.command == "train":
         if args.heldout is None and os.path.exists("heldout.mindrecord"):
             args.heldout = "heldout.mindrecord"
         if args.size and args.options:
             parser.error("--size and --options exclude each other")
-    elif args.command != "export":
+    else:
         if bool(args.weights) != bool(args.options):
             parser.error("--weights and --options go together")
         if args.weights and args.out:
             parser.error("--out and --weights exclude each other")
         if args.command == "test" and args.vocab and not args.weights:
             parser.error("--vocab goes with --weights; a run has its own")
-    args.out, args.argv = out, [sys.argv[0], *argv]
-    if args.command in ("train", "test") and args.vocab is None:
-        of_run = os.path.join(out, "vocab")
-        args.vocab = of_run if args.command == "train" and args.resume and os.path.exists(of_run) else "vocab"
+    args.out, args.vocab, args.argv = out, args.vocab or "vocab", [sys.argv[0], *argv]
     return args
 
 
@@ -1546,7 +1507,7 @@ def run_command(argv):
         from mindspore.device_context.ascend import op_precision
         op_precision.precision_mode("must_keep_origin_dtype")
         op_precision.matmul_allow_hf32(False)
-    COMMANDS[args.command](args)
+    COMMANDS[args.command][0](args)
 
 
 def main(argv=None):

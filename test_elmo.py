@@ -54,6 +54,10 @@ def write(path, text):
     return str(path)
 
 
+def write_json(path, content):
+    write(path, json.dumps(content, indent=1))
+
+
 def tree(folder):
     """Every path under a folder, hidden ones included; of files their content, of large ones size and time."""
     def content(path):
@@ -149,7 +153,7 @@ def text(tmp_path_factory):
     convert("--input", folder / "text.txt", "--output", folder / "train.mindrecord", "--vocab", folder / "vocab",
             "--build-vocab", "--min-count", 2, "--heldout", folder / "heldout.mindrecord", "--heldout-share", 0.1)
     o = options(dropout=0.1, batch_size=8, unroll_steps=3, n_epochs=EPOCHS)
-    elmo.write_json(str(folder / "options.json"), elmo.as_json(o))
+    write_json(str(folder / "options.json"), elmo.as_json(o))
     corpus, heldout = (data.Corpus(str(folder / f"{name}.mindrecord")) for name in ("train", "heldout"))
     n_predictions = corpus.tokens + corpus.sentences
     return types.SimpleNamespace(folder=folder, options=o, vocabulary=Vocabulary(str(folder / "vocab")), corpus=corpus,
@@ -211,7 +215,7 @@ def trained_bilm(trained, exported):
 def files(tmp_path_factory, h5py):
     """A tiny model's options and weights in the published format, without a softmax, and the model."""
     folder, bilm = tmp_path_factory.mktemp("published"), randomize(elmo.BiLM(options()), 3)
-    elmo.write_json(str(folder / "options.json"), elmo.as_json(bilm.options))
+    write_json(str(folder / "options.json"), elmo.as_json(bilm.options))
     with h5py.File(folder / "weights.hdf5", "w") as file:
         for name, array in weights(bilm).items():
             file[name] = array.astype(np.float32)
@@ -235,7 +239,7 @@ def resumed(trained):
 def two_workers(text, tmp_path_factory):
     """15 steps of training by two workers that msrun starts, without dropout."""
     folder, programs = tmp_path_factory.mktemp("two_workers"), os.path.dirname(sys.executable)
-    elmo.write_json(str(folder / "options.json"), elmo.as_json(replace(text.options, dropout=0.0, batch_size=4)))
+    write_json(str(folder / "options.json"), elmo.as_json(replace(text.options, dropout=0.0, batch_size=4)))
     environment = {**os.environ, "PATH": programs + os.pathsep + os.environ["PATH"]}  # msrun's `python` is ours
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
@@ -475,7 +479,7 @@ def test_what_published_options_lack_takes_the_papers_values(tmp_path):
     path = write(tmp_path / "options.json", json.dumps(PUBLISHED))
     o, paper = elmo.read_options(path), elmo.Options()
     assert o == replace(paper, filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5)
-    elmo.write_json(path, elmo.as_json(o))
+    write_json(path, elmo.as_json(o))
     assert elmo.read_options(path) == o
 
 
@@ -1631,7 +1635,7 @@ def test_a_run_killed_at_eight_places_and_resumed_ends_as_one_that_was_not(text,
     out.mkdir()
     (out / "vocab.1.part").write_text("what a kill at the very start leaves behind")
     killed(monkeypatch, os, "replace", 1, *command)  # before the vocabulary is there
-    killed(monkeypatch, elmo, "write_json", 1, *command)  # before the folder is a run
+    killed(monkeypatch, elmo, "write_text", 2, *command)  # before the folder is a run
     assert run(*command, "--resume")[0] == 2
     killed(monkeypatch, FakeStep, "__call__", 10, *command)  # before the first checkpoint
     killed(monkeypatch, FakeStep, "__call__", 35, *command, "--resume")  # between two
@@ -1732,7 +1736,7 @@ def test_resuming_a_run_that_is_over_changes_nothing(uninterrupted, fake):
 def test_another_run_is_not_resumed(text, uninterrupted, fake, files, monkeypatch, change, message):
     words = text.vocabulary.words
     write("other_vocab", "\n".join(words[:3] + words[:2:-1]))
-    elmo.write_json("dim8.json", elmo.as_json(replace(text.options, dim=8)))
+    write_json("dim8.json", elmo.as_json(replace(text.options, dim=8)))
     shutil.copyfile(files.weights, "w.hdf5")
     for name in ("train.mindrecord", "heldout.mindrecord"):
         os.symlink(text.folder / name, name)
@@ -1783,14 +1787,14 @@ def test_a_checkpoint_of_an_earlier_version_is_taken(text, uninterrupted, tmp_pa
 def test_a_large_array_with_a_damaged_header_is_not_read_from_the_wrong_place(tmp_path):
     softmax, path = elmo.Softmax(300, 400), str(tmp_path / "step-1.npz")
     elmo.write_arrays(path, [("softmax/W", random(300, 400)), ("softmax/b", random(300))])
-    elmo.load_weights(path, softmax)
+    elmo.load_weights(path, softmax.get_parameters())
     assert (softmax.W.asnumpy() == random(300, 400)).all()
     content = Path(path).read_bytes()
     write(path, flipped(content, content.index(b"NUMPY") + 7))  # the header's length
     with np.load(path) as found:
         assert (found["softmax/W"] != random(300, 400)).any()  # numpy does not notice
     with pytest.raises(data.InputError, match="step-1.npz: damaged"):
-        elmo.load_weights(path, softmax)
+        elmo.load_weights(path, softmax.get_parameters())
 
 
 def full_after(n, function):
@@ -1865,7 +1869,7 @@ def test_two_workers_compute_what_one_does_that_reads_the_streams_of_both(text, 
     close(np.array([float(row["loss"]) for row in rows]), [float(loss.asnumpy()) for loss in losses], 1e-4)
     # What both measure of their shares of the held-out text, one after the other, is together what they measured.
     bilm, worker, scores = elmo.BiLM(o), types.SimpleNamespace(rank=0, size=2, sum=list), []
-    elmo.load_weights(str(model / "best.npz"), bilm)
+    elmo.load_weights(str(model / "best.npz"), bilm.get_parameters())
     perplexity = elmo.make_perplexity(bilm, run.softmax, text.vocabulary, text.heldout, worker)
     for worker.rank in (0, 1):
         scores.append(perplexity())
@@ -2486,7 +2490,7 @@ def bad(trained, files, exported, h5py):
     (folder / "folder.npz").mkdir()
     for name, change in (("dim8", dict(dim=8)), ("large_batch", dict(batch_size=1000)), ("one_layer", dict(n_layers=1)),
                          ("negatives", dict(n_negative_samples_batch=10_000))):
-        elmo.write_json(str(folder / f"{name}.json"), elmo.as_json(replace(trained.options, **change)))
+        write_json(str(folder / f"{name}.json"), elmo.as_json(replace(trained.options, **change)))
     write(folder / "cut.hdf5", exported.read_bytes()[:5000])
     for name, array in (("float64", np.zeros((261, 4))), ("scalar", np.float32(0)), ("null", h5py.Empty("f")),
                         ("nan", np.full((261, 4), np.nan, np.float32)), ("lacking", None), ("group", "group")):
@@ -2508,7 +2512,7 @@ def bad(trained, files, exported, h5py):
         shutil.copytree(trained.model, folder / name)
     content = json.loads((trained.model / "options.json").read_text())
     content["lstm"]["cell_clip"] = 9
-    elmo.write_json(str(folder / "clip" / "options.json"), content)
+    write_json(str(folder / "clip" / "options.json"), content)
     *words, last = trained.vocabulary.words
     write(folder / "swapped" / "vocab", "\n".join([*words[:-1], last, words[-1]]))
     for name in ("run", "begun", "best_only", "no_run", "no_arguments", "pickle", "zeros", "vocab"):
