@@ -205,14 +205,14 @@ def prefetch(items, make, n_ahead=4):
 # look at all their padding; but a static graph needs the same shapes in every step. So there is fixed room for words
 # of a few lengths: tiers = ((number of words, their characters at most), ...), the last of full length.
 
-def measure_tiers(streams):
-    """The tiers that the first of `read_chunks` need, with spare room. The limits between them are quantiles of the
-    words' lengths; any limits are exact, these waste little."""
-    chunks = [word_chars(chunk.words)[1] for chunk in itertools.islice(streams, 20)]
-    quantiles = np.quantile(np.concatenate(chunks), (0.4, 0.8, 0.97)).astype(int)
+def measure_tiers(chunks):
+    """The tiers that the first chunks of an iterable need, with spare room. The limits between them are quantiles of
+    the words' lengths; any limits are exact, these waste little."""
+    of_chunks = [word_chars(chunk.words)[1] for chunk in itertools.islice(chunks, 20)]  # the lengths of each
+    quantiles = np.quantile(np.concatenate(of_chunks), (0.4, 0.8, 0.97)).astype(int)
     limits = sorted({*quantiles.tolist(), MAX_CHARS})
     # A word may stand in any tier that is long enough: what counts is how many words are longer than a limit.
-    n_longer = [max(int((lengths > limit).sum()) for lengths in chunks) for limit in [0, *limits]]
+    n_longer = [max(int((lengths > limit).sum()) for lengths in of_chunks) for limit in [0, *limits]]
     n_longer = [n + n // 20 + 16 for n in n_longer[:-1]] + [0]
     return tuple((more - fewer, limit) for more, fewer, limit in zip(n_longer, n_longer[1:], limits) if more > fewer)
 
@@ -264,6 +264,7 @@ TOKEN = re.compile("|".join((
     r"\S")))                                                               # any punctuation by itself
 SENTENCE_END = re.compile(r"[.!?…。！？।؟]|\.{3,}|etc\.|[ap]\.m\.")
 CLOSING = frozenset(")]}’”»」』）")
+
 
 def tokenize(text):
     """The words of a text in the manner of the Penn Treebank (but quotes stay as they are), a list of str.
