@@ -5,7 +5,7 @@
     python elmo.py embed --input sentences.txt --output vectors.npz
 
 Read this: the paper                          Skip on first reading: what surrounds it
-  1. Options (section 3.4)                      8. MindSpore's peculiarities
+  1. Options (section 3.4)                      8. MindSpore's peculiarities, and speed
   2. Character CNN (3.1, 3.4)                   9. Embedding files of sentences
   3. LSTM with projection (3.1, 3.4)           10. The file formats of bilm-tf and AllenNLP
   4. Bidirectional language model (3.1)        11. A run's folder: checkpoints, resuming, the log
@@ -107,7 +107,7 @@ class CharEncoder(nn.Cell):
         normal = lambda *shape: rng.normal(0, math.sqrt(1 / math.prod(shape[:-1])), shape)  # shape [inputs, outputs]
         filters = lambda *shape: uniform(0.05, *shape) if o.activation == "relu" else normal(*shape)
         self.filters, self.char_dim, self.widest = o.filters, o.char_dim, max(width for width, _ in o.filters)
-        self.matmul = make_matmul(amp)
+        self.matmul, self.max_over_time = make_matmul(amp), make_max_over_time()
         self.activation = ops.relu if o.activation == "relu" else make_tanh()
         self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # bytes and marks, see data.char_ids
         self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", filters(1, width, o.char_dim, n))
@@ -122,7 +122,7 @@ class CharEncoder(nn.Cell):
                                              parameter("CNN_proj/b_proj", np.zeros(o.projection))])
         # Added to the scores, so that no filter wins where it reaches beyond character 50.
         widths = np.repeat([width for width, _ in o.filters], [n for _, n in o.filters])  # of each filter
-        self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] + widths > MAX_CHARS, -1e4, 0)[:, None], ms.float32)
+        self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] + widths > MAX_CHARS, -1e4, 0), ms.float32)
 
     def construct(self, chars, tiers=((0, MAX_CHARS),)):
         """chars int32 [words, 50] -> x_k [words, projection].
@@ -141,30 +141,31 @@ class CharEncoder(nn.Cell):
         chars = ops.concat((chars, ops.zeros((chars.shape[0], self.widest - 1), ms.int32)), 1)
         max_scores, first = [], 0
         for n, limit in tiers[:-1]:
-            # All positions behind a word score the same, that of padding alone, so that one of them is enough.
+            # From a word's end on every filter sees padding alone and scores the same: one such position is enough.
             max_scores.append(self.max_scores(chars[first:first + n], kernel, min(limit + 1, MAX_CHARS)))
             first += n
         max_scores.append(self.max_scores(chars[first:], kernel, MAX_CHARS))
-        x = self.activation(ops.concat(max_scores) + ops.concat(list(self.b_cnn)))  # [words, filters]
+        # To add a bias with + would be slow on a CPU.
+        x = self.activation(ops.bias_add(ops.concat(max_scores), ops.concat(list(self.b_cnn))))  # [words, filters]
         for k in range(0, len(self.highway), 4):
             W_c, b_c, W_t, b_t = self.highway[k:k + 4]
-            g = ops.sigmoid(self.matmul(x, W_c) + b_c)
-            x = g * ops.relu(self.matmul(x, W_t) + b_t) + (1 - g) * x  # [words, filters]
+            g = ops.sigmoid(ops.bias_add(self.matmul(x, W_c), b_c))
+            x = g * ops.relu(ops.bias_add(self.matmul(x, W_t), b_t)) + (1 - g) * x  # [words, filters]
         W_proj, b_proj = self.projection
-        return self.matmul(x, W_proj) + b_proj  # [words, projection]
+        return ops.bias_add(self.matmul(x, W_proj), b_proj)  # [words, projection]
 
     def max_scores(self, chars, kernel, n_positions):
         """max_p score_w[p] over the first positions, for all filters: [words, filters].
 
         For speed, one product for all filters and positions; chars int32 [words, 50 + widest - 1].
         """
-        patches = ops.stack([chars.T[k:k + n_positions] for k in range(self.widest)], -1)  # [positions, words, widest]
+        patches = ops.stack([chars[:, k:k + n_positions] for k in range(self.widest)], -1)  # [words, positions, widest]
         table = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # of 0: zeros
-        e = ops.gather(table, patches, 0).reshape(n_positions * chars.shape[0], -1)  # [.., widest · char_dim]
-        scores = self.matmul(e, kernel).reshape(n_positions, chars.shape[0], -1)  # [positions, words, filters]
-        if n_positions + self.widest - 1 > MAX_CHARS:
+        e = ops.gather(table, patches, 0).reshape(chars.shape[0] * n_positions, -1)  # [.., widest · char_dim]
+        scores = self.matmul(e, kernel).reshape(chars.shape[0], n_positions, -1)  # [words, positions, filters]
+        if n_positions + self.widest - 1 > MAX_CHARS:  # only then a widened filter may stand beyond character 50
             scores = scores + self.beyond[:n_positions]
-        return ops.max(scores, 0)[0]
+        return self.max_over_time(scores)
 
 
 # ---- 3. LSTM with projection -----------------------------------------------------------------------------------------
@@ -176,19 +177,19 @@ class Recurrence(nn.Cell):
         c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
         h = clip((sigmoid(o) · tanh(c)) · W_P)          the forget gate's + 1 and the clips are bilm-tf's
 
-    bprop is the backward pass, written out for speed: each weight's gradient is one product over all time steps, where
-    MindSpore's own would be a sum of one for each. bprop returns gradients of inputs only: so the weights are inputs.
+    The weights are inputs because `FastRecurrence` (part 8), the same with a backward pass of its own, needs them so.
     """
 
     def __init__(self, cell_clip, proj_clip, amp=None):
         super().__init__()
         self.cell_clip, self.proj_clip = cell_clip, proj_clip
-        self.matmul, self.bias_add, self.tanh = make_matmul(amp), ops.BiasAdd(), make_tanh()
+        self.matmul, self.tanh = make_matmul(amp), make_tanh()
+        self.bias_add = ops.BiasAdd()  # ops.bias_add does not compile where a subclass has a bprop
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
         W_P [dim, projection] -> h after each time step, stacked, [time, batch, projection]; lists of h and of c; and
-        what else bprop needs of each step."""
+        what else the backward pass needs of each step."""
         hs, cs, saved = (), (), ()
         for x_t in ops.unstack(x):  # x[t] would be slow
             x_h = ops.concat((x_t, h), 1)  # [batch, input + projection]
@@ -199,31 +200,6 @@ class Recurrence(nn.Cell):
             h = ops.clamp(self.matmul(o * u, W_P), -self.proj_clip, self.proj_clip)  # [batch, projection]
             hs, cs, saved = hs + (h,), cs + (c,), saved + ((x_h, i, j, f, o, u),)
         return ops.stack(hs), hs, cs, saved
-
-    def bprop(self, x, h, c, W, B, W_P, out, dout):
-        """dz is the gradient of z. Only dout[0] is used: the last h and c go on to the next chunk, and
-        backpropagation ends there."""
-        _, hs, cs, saved = out
-        cs = (c,) + cs  # cs[t] is what step t begins with, cs[t + 1] what it makes
-        dh_outside, dh, dc = ops.unstack(dout[0]), ops.zeros_like(h), ops.zeros_like(c)
-        dx, x_hs, dgates, ous, dhs = (), (), (), (), ()
-        for t in range(len(saved) - 1, -1, -1):
-            x_h, i, j, f, o, u = saved[t]
-            dh = dh_outside[t] + dh
-            dh = ops.select(ops.abs(hs[t]) < self.proj_clip, dh, ops.zeros_like(dh))  # no gradient where h was clipped
-            dou = self.matmul(dh, W_P, transpose_y=True)
-            dc = dc + dou * o * (1 - u * u)
-            dc = ops.select(ops.abs(cs[t + 1]) < self.cell_clip, dc, ops.zeros_like(dc))
-            dgate = ops.concat((dc * i * j * (1 - i), dc * i * (1 - j * j), dc * f * cs[t] * (1 - f),
-                                dou * o * u * (1 - o)), 1)  # of i, j, f, o before sigmoid and tanh, [batch, 4 dim]
-            dx_h = self.matmul(dgate, W, transpose_y=True)  # [batch, input + projection]
-            x_hs, dgates, ous, dhs = x_hs + (x_h,), dgates + (dgate,), ous + (o * u,), dhs + (dh,)
-            dx = (dx_h[:, :x.shape[2]],) + dx
-            dc, dh = dc * f, dx_h[:, x.shape[2]:]
-        x_hs, dgates, ous, dhs = ops.concat(x_hs), ops.concat(dgates), ops.concat(ous), ops.concat(dhs)
-        ones = ops.ones((1, dgates.shape[0]), dgates.dtype)  # ones · dgates, twice as fast as dgates.sum(0)
-        return (ops.stack(dx), ops.zeros_like(h), ops.zeros_like(c), self.matmul(x_hs, dgates, transpose_x=True),
-                self.matmul(ones, dgates)[0], self.matmul(ous, dhs, transpose_x=True))
 
 
 class ProjectedLSTM(nn.Cell):
@@ -243,7 +219,7 @@ class ProjectedLSTM(nn.Cell):
         the state after the last one, or, with lengths (int32 [batch]), after each row's own last."""
         W, B, W_P = self.weights
         h, c = ops.split(state, [W_P.shape[1], W_P.shape[0]], 1)
-        y, hs, cs, _ = self.recurrence(x, h, c, W, B, W_P)  # of these, gradients flow back through y alone
+        y, hs, cs, _ = self.recurrence(x, h, c, W, B, W_P)  # FastRecurrence's bprop takes only y's gradient
         if lengths is None:
             return y, ops.concat((hs[-1], cs[-1]), 1)
         states = ops.concat((y, ops.stack(cs)), 2)  # [time, batch, projection + dim]
@@ -267,7 +243,7 @@ class BiLM(nn.Cell):
         self.options = o = options if isinstance(options, Options) else read_options(options)
         rng = np.random.default_rng(seed)
         self.encoder = CharEncoder(o, rng, amp)
-        recurrence = Recurrence(o.cell_clip, o.proj_clip, amp)  # one for all, so that it is compiled once
+        recurrence = FastRecurrence(o.cell_clip, o.proj_clip, amp)  # one for all, so that it is compiled once
         self.lstms = nn.CellList([  # layer 0 forward, layer 0 backward, layer 1 forward, ...
             ProjectedLSTM(f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/", o, rng, recurrence)
             for layer in range(o.n_layers) for direction in (0, 1)])
@@ -430,7 +406,7 @@ class ScalarMix(nn.Cell):
 
 def layer_norm(h):
     """"... in some cases it also helped to apply layer normalization ... to each biLM layer before weighting" (section
-    3.2): each token by itself, whereas AllenNLP takes one mean and variance of all tokens of the batch."""
+    3.2): each token by itself, whereas bilm-tf and AllenNLP take one mean and variance of all tokens of the batch."""
     centered = h - h.mean(-1, keep_dims=True)
     return centered / ops.sqrt(ops.square(centered).mean(-1, keep_dims=True) + 1e-12)
 
@@ -480,7 +456,7 @@ class Batch(NamedTuple):
     """
     chars: np.ndarray           # int32 [rows, 50], the distinct words, in tiers (see data.fill_tiers), and empty rows
     word_index: np.ndarray      # int32 [2, time, batch], which of them is read
-    reset_state: np.ndarray     # uint8 [batch], 1 where the LSTMs of both directions begin from zero
+    reset_state: np.ndarray     # uint8 [batch], 1 where the LSTMs of both directions begin from zero (see `make_loss`)
     target: np.ndarray          # int32 [2, n], the class to predict
     negatives: np.ndarray       # int32 [2, N]
     target_log_q: np.ndarray    # float32 [2, n]
@@ -563,10 +539,11 @@ def make_step(run, tiers):
 
     def step(batch):
         tensors = Batch(*map(Tensor, batch))
-        # Of Θs and its accumulators only the rows of the batch's classes are read and written: those of the negatives
-        # and of all workers' targets. A graph that did it would copy the whole tables, so it is done outside.
+        # Of Θs and its Adagrad accumulators only the rows of the batch's classes are read and written: those of the
+        # negatives and of all workers' targets. A graph that did it would copy the whole tables: so it is done outside.
         classes = ops.concat((tensors.negatives.reshape(-1), run.workers.gather(tensors.target).reshape(-1)))
-        # A class may stand there more than once. For each, the place where its class stands last: 7 2 7 5 -> 2 1 2 3
+        # A class may stand there more than once; one row of it, its last, gets the whole gradient (see `make_update`).
+        # So for each, the place where its class stands last: 7 2 7 5 -> 2 1 2 3
         places = run.last_places(classes)
         touched = [ops.gather(table, classes, 0) for table in run.tables]  # W, b and their accumulators
         loss, norm, run.lstm_state, touched = update(run.lstm_state, places, *touched, *tensors)
@@ -631,11 +608,11 @@ def train(args):
     epoch_ends = [epoch * n_predictions // tokens_per_step for epoch in range(1, o.n_epochs + 1)]
     n_steps = min(epoch_ends[-1], args.steps or epoch_ends[-1])
     if run.step >= n_steps:
-        print("all steps are done; --epochs N trains further")
+        print("all steps are done; more --epochs or --steps train further")
         return
     print(f"{n_steps:,} steps of {tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-    tiers = measure_tiers(read_chunks(corpus, run.vocabulary, o, run.seed))
+    tiers = measure_tiers(read_chunks(corpus, run.vocabulary, o, run.seed))  # of its first chunks
     step = make_step(run, tiers)
     perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, workers) if heldout else None
     batches = training_batches(run, corpus, tiers)
@@ -651,7 +628,7 @@ def train(args):
                 run.log_loss(args.out, epoch, n_steps, tokens_per_step)  # the sampled loss; waits for the device
             if epoch_is_over:  # perplexities are over all words: higher than exp of the sampled loss
                 is_best = run.log_perplexities(args.out, epoch, perplexity()) if perplexity else True
-            # Of several workers, each knows of the others' signals when all of them log: asking takes time.
+            # Several workers ask each other for signals only where they log, as asking takes time.
             stopping = (workers.size == 1 or log_is_due) and workers.sum([len(signals)])[0] > 0
             if epoch_is_over or stopping or (args.save_every and run.step % args.save_every == 0):
                 run.save(args.out, is_best)
@@ -678,7 +655,7 @@ class Perplexities(NamedTuple):
 def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     """-> the function that measures the `Perplexities` of a corpus: under the full softmax, every prediction counted
     once, without dropout. Several workers share the corpus."""
-    chunks = functools.partial(read_chunks, corpus, vocabulary, bilm.options)
+    chunks = functools.partial(read_chunks, corpus, vocabulary, bilm.options)  # without a seed: once, in order
     tiers = measure_tiers(chunks())
 
     @compiled
@@ -704,7 +681,7 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     return perplexity
 
 
-# ---- 8. MindSpore's peculiarities ------------------------------------------------------------------------------------
+# ---- 8. MindSpore's peculiarities, and what is written out for speed -------------------------------------------------
 
 def on_cpu():
     return ms.get_context("device_target") == "CPU"
@@ -753,8 +730,47 @@ def make_tanh():
     return tanh_by_sigmoid if on_cpu() else ops.tanh
 
 
+def make_max_over_time():
+    """-> the maximum over positions: [words, positions, filters] -> [words, filters]."""
+    def max_by_pooling(x):
+        return ops.MaxPool((x.shape[1], 1))(x.expand_dims(0)).reshape(x.shape[0], -1)
+
+    # ops.max makes a training step 3 to 6 % slower on a CPU; of MaxPool on Ascend, float32 is not certain.
+    return max_by_pooling if on_cpu() else lambda x: ops.max(x, 1)[0]
+
+
 def sum_of_squares(x):
     return ops.square(x.reshape(x.shape[0], -1)).sum(1).sum()  # one axis at a time: several are many times slower
+
+
+class FastRecurrence(Recurrence):
+    """`Recurrence` with a backward pass in which each weight's gradient is one product over all time steps; MindSpore's
+    own is a sum of one product for each. A bprop returns gradients of inputs only, so the weights are inputs."""
+
+    def bprop(self, x, h, c, W, B, W_P, out, dout):
+        """dz is the gradient of z. Only dout[0] is used: the last h and c go on to the next chunk, and
+        backpropagation ends there."""
+        _, hs, cs, saved = out
+        cs = (c,) + cs  # cs[t] is what step t begins with, cs[t + 1] what it makes
+        dh_outside, dh, dc = ops.unstack(dout[0]), ops.zeros_like(h), ops.zeros_like(c)
+        dx, x_hs, dgates, ous, dhs = (), (), (), (), ()
+        for t in range(len(saved) - 1, -1, -1):
+            x_h, i, j, f, o, u = saved[t]
+            dh = dh_outside[t] + dh
+            dh = ops.select(ops.abs(hs[t]) < self.proj_clip, dh, ops.zeros_like(dh))  # no gradient where h was clipped
+            dou = self.matmul(dh, W_P, transpose_y=True)
+            dc = dc + dou * o * (1 - u * u)
+            dc = ops.select(ops.abs(cs[t + 1]) < self.cell_clip, dc, ops.zeros_like(dc))
+            dgate = ops.concat((dc * i * j * (1 - i), dc * i * (1 - j * j), dc * f * cs[t] * (1 - f),
+                                dou * o * u * (1 - o)), 1)  # of i, j, f, o before sigmoid and tanh, [batch, 4 dim]
+            dx_h = self.matmul(dgate, W, transpose_y=True)  # [batch, input + projection]
+            x_hs, dgates, ous, dhs = x_hs + (x_h,), dgates + (dgate,), ous + (o * u,), dhs + (dh,)
+            dx = (dx_h[:, :x.shape[2]],) + dx
+            dc, dh = dc * f, dx_h[:, x.shape[2]:]
+        x_hs, dgates, ous, dhs = ops.concat(x_hs), ops.concat(dgates), ops.concat(ous), ops.concat(dhs)
+        ones = ops.ones((1, dgates.shape[0]), dgates.dtype)  # ones · dgates, twice as fast as dgates.sum(0)
+        return (ops.stack(dx), ops.zeros_like(h), ops.zeros_like(c), self.matmul(x_hs, dgates, transpose_x=True),
+                self.matmul(ones, dgates)[0], self.matmul(ous, dhs, transpose_x=True))
 
 
 class LogSumExp(nn.Cell):
