@@ -13,12 +13,15 @@ Read this: the paper                          Skip on first reading: what surrou
   6. ELMo: the scalar mix (3.2, 3.3)           13. Command line
   7. Training and perplexity (3.1, 3.4)
 
-Where the paper is silent, its reference code decides: bilm-tf, the authors' program in TensorFlow.
+Where the paper is silent, its reference code decides, unless a comment says otherwise: bilm-tf, the authors' program in
+TensorFlow.
 
 For readers of PyTorch: an nn.Cell is a Module and its construct is forward; a ParameterTuple is a ParameterList;
 ms.jit compiles a function to a static graph; ms.value_and_grad(f, positions, weights, has_aux=True) returns f's results
-and the gradients of the first; a cell's bprop, where there is one, is its own backward pass. `matmul`, `log`,
-`log_sum_exp`, `make_tanh`, `compiled` and `parameter` are what their names say (part 8). data.py reads the text.
+and the gradients of the first; a cell's bprop, where there is one, is its own backward pass. `matmul`, `bias_add`
+(x + b), `log`, `log_sum_exp(y, W, b)` (log Σ_k exp(y · W_k + b_k)), `make_tanh`, `compiled` and `parameter` are what
+their names say (part 8); amp is the type in which matrices are multiplied, float32 where it is None. data.py reads the
+text.
 """
 import argparse
 import bisect
@@ -88,84 +91,54 @@ class Options:
 class CharEncoder(nn.Cell):
     """x_k, "a context-independent token representation (via token embeddings or a CNN over characters)" (section 3.1).
 
-    With e[p] the embedding of character p of a word's 50 (marks of its begin and end and padding are characters, too),
-    and W_w, b_w the filters of width w:
-
-        score_w[p] = [e[p], ..., e[p + w - 1]] · W_w                for p = 0 ... 50 - w
-        feature_w  = activation(max_p score_w[p] + b_w)
-        x          = [feature_1, feature_2, ...]                    then, for each highway layer,
-        x          = g · relu(x · W_t + b_t) + (1 - g) · x,         g = sigmoid(x · W_c + b_c)
-        x_k        = x · W_proj + b_proj
-
-    In bilm-tf's files W_t is W_transform, and W_c is W_carry, although g is the share that is *not* carried.
+    The biLM's is `FastCharEncoder` (part 8), which computes the same features in less time.
     """
 
     def __init__(self, options, rng, amp=None):
         super().__init__()
         o, n_filters = options, sum(n for _, n in options.filters)
         uniform = lambda limit, *shape: rng.uniform(-limit, limit, shape)
-        normal = lambda *shape: rng.normal(0, math.sqrt(1 / math.prod(shape[:-1])), shape)  # shape [inputs, outputs]
+        normal = lambda *shape: rng.normal(0, math.sqrt(1 / math.prod(shape[:-1])), shape)  # shape [..inputs, outputs]
         filters = lambda *shape: uniform(0.05, *shape) if o.activation == "relu" else normal(*shape)
-        self.filters, self.char_dim, self.widest = o.filters, o.char_dim, max(width for width, _ in o.filters)
-        self.matmul, self.max_over_time = make_matmul(amp), make_max_over_time()
-        self.activation = ops.relu if o.activation == "relu" else make_tanh()
+        self.filters, self.char_dim = o.filters, o.char_dim
+        self.matmul, self.activation = make_matmul(amp), ops.relu if o.activation == "relu" else make_tanh()
         self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # bytes and marks, see data.char_ids
         self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", filters(1, width, o.char_dim, n))
                                         for k, (width, n) in enumerate(o.filters)])
         self.b_cnn = ms.ParameterTuple([parameter(f"CNN/b_cnn_{k}", np.zeros(n)) for k, (_, n) in enumerate(o.filters)])
         self.highway = ms.ParameterTuple([parameter(f"CNN_high_{k}/{name}", array) for k in range(o.n_highway)
                                           for name, array in (("W_carry", normal(n_filters, n_filters)),
-                                                              ("b_carry", np.full(n_filters, -2.0)),  # g is small
+                                                              ("b_carry", np.full(n_filters, -2.0)),  # small g at first
                                                               ("W_transform", normal(n_filters, n_filters)),
                                                               ("b_transform", np.zeros(n_filters)))])
         self.projection = ms.ParameterTuple([parameter("CNN_proj/W_proj", normal(n_filters, o.projection)),
                                              parameter("CNN_proj/b_proj", np.zeros(o.projection))])
-        # Added to the scores, so that no filter wins where it reaches beyond character 50.
-        widths = np.repeat([width for width, _ in o.filters], [n for _, n in o.filters])  # of each filter
-        self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] + widths > MAX_CHARS, -1e4, 0), ms.float32)
 
-    def construct(self, chars, tiers=((0, MAX_CHARS),)):
-        """chars int32 [words, 50] -> x_k [words, projection].
-
-        chars are the ids 1 ... 261 of data.char_ids, one of which is padding's; 0 is no character, and embedded as 0.
-        For speed, words may come ordered by length (see data.measure_tiers): tiers = ((n, limit), ...) says that the
-        first n have at most `limit` characters that are not padding, and so on; the last tier takes all that are left,
-        at full length.
-        """
-        # All filters side by side; rows of zeros make each as wide as the widest. (By concat, here and below: ops.pad
-        # has a wrong gradient in MindSpore 2.10 from the second run on.)
-        kernel = ops.concat([
-            ops.concat((W, ops.zeros((1, self.widest - width, self.char_dim, n), ms.float32)), 1).reshape(-1, n)
-            for (width, n), W in zip(self.filters, self.W_cnn)], 1)  # [widest · char_dim, filters]
-        # The widened filters reach beyond character 50, where there are none.
-        chars = ops.concat((chars, ops.zeros((chars.shape[0], self.widest - 1), ms.int32)), 1)
-        max_scores, first = [], 0
-        for n, limit in tiers[:-1]:
-            # From a word's end on every filter sees padding alone and scores the same: one such position is enough.
-            max_scores.append(self.max_scores(chars[first:first + n], kernel, min(limit + 1, MAX_CHARS)))
-            first += n
-        max_scores.append(self.max_scores(chars[first:], kernel, MAX_CHARS))
-        # To add a bias with + would be slow on a CPU.
-        x = self.activation(ops.bias_add(ops.concat(max_scores), ops.concat(list(self.b_cnn))))  # [words, filters]
+    def construct(self, chars, tiers=()):
+        """chars int32 [words, 50] -> x_k [words, projection]. chars: ids of bytes, marks of a word's begin and end, and
+        padding, which is a character like any other (data.char_ids); 0 is no word, and embedded as zeros. tiers: which
+        words are short, only to save time (part 8)."""
+        embedding = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # [262, char_dim]
+        x = self.features(embedding, chars, tiers)  # [words, filters]
+        # y = g · relu(x · W_t + b_t) + (1 - g) · x. bilm-tf calls W_c "carry", although g is the share not carried.
         for k in range(0, len(self.highway), 4):
             W_c, b_c, W_t, b_t = self.highway[k:k + 4]
-            g = ops.sigmoid(ops.bias_add(self.matmul(x, W_c), b_c))
-            x = g * ops.relu(ops.bias_add(self.matmul(x, W_t), b_t)) + (1 - g) * x  # [words, filters]
+            g = ops.sigmoid(bias_add(self.matmul(x, W_c), b_c))
+            x = g * ops.relu(bias_add(self.matmul(x, W_t), b_t)) + (1 - g) * x  # [words, filters]
         W_proj, b_proj = self.projection
-        return ops.bias_add(self.matmul(x, W_proj), b_proj)  # [words, projection]
+        return bias_add(self.matmul(x, W_proj), b_proj)  # [words, projection]
 
-    def max_scores(self, chars, kernel, n_positions):
-        """max_p score_w[p] over the first positions, for all filters: [words, filters].
-
-        For speed, one product for all filters and positions; chars int32 [words, 50 + widest - 1].
-        """
-        patches = ops.stack([chars[:, k:k + n_positions] for k in range(self.widest)], -1)  # [words, positions, widest]
-        table = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # of 0: zeros
-        e = ops.gather(table, patches, 0).reshape(chars.shape[0] * n_positions, -1)  # [.., widest · char_dim]
-        scores = self.matmul(e, kernel).reshape(chars.shape[0], n_positions, -1)  # [words, positions, filters]
-        if n_positions + self.widest - 1 > MAX_CHARS:  # only then a widened filter may stand beyond character 50
-            scores = scores + self.beyond[:n_positions]
-        return self.max_over_time(scores)
+    def features(self, embedding, chars, tiers):
+        """"2048 character n-gram convolutional filters" (3.4), each of them at its best position: [words, filters]."""
+        e, features = ops.gather(embedding, chars, 0), []  # [words, 50, char_dim]
+        for (width, n), W, b in zip(self.filters, self.W_cnn, self.b_cnn):
+            n_positions = MAX_CHARS - width + 1
+            # score[p] = [e[p], ..., e[p + width - 1]] · W, for p = 0 ... 50 - width
+            patches = ops.concat([e[:, k:k + n_positions] for k in range(width)], 2)  # [words, positions, ..]
+            scores = self.matmul(patches.reshape(-1, width * self.char_dim), W.reshape(-1, n))
+            max_scores = scores.reshape(-1, n_positions, n).max(axis=1)  # [words, n]
+            features.append(self.activation(max_scores + b))
+        return ops.concat(features, 1)
 
 
 # ---- 3. LSTM with projection -----------------------------------------------------------------------------------------
@@ -184,16 +157,15 @@ class Recurrence(nn.Cell):
         super().__init__()
         self.cell_clip, self.proj_clip = cell_clip, proj_clip
         self.matmul, self.tanh = make_matmul(amp), make_tanh()
-        self.bias_add = ops.BiasAdd()  # ops.bias_add does not compile where a subclass has a bprop
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
-        W_P [dim, projection] -> h after each time step, stacked, [time, batch, projection]; lists of h and of c; and
-        what else the backward pass needs of each step."""
+        W_P [dim, projection] -> h after each time step, stacked, [time, batch, projection]; the same as a tuple; c of
+        each; and what else the backward pass of `FastRecurrence` needs of each."""
         hs, cs, saved = (), (), ()
         for x_t in ops.unstack(x):  # x[t] would be slow
             x_h = ops.concat((x_t, h), 1)  # [batch, input + projection]
-            i, j, f, o = ops.split(self.bias_add(self.matmul(x_h, W), B), c.shape[1], 1)  # [batch, dim] each
+            i, j, f, o = ops.split(bias_add(self.matmul(x_h, W), B), c.shape[1], 1)  # [batch, dim] each
             i, j, f, o = ops.sigmoid(i), self.tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
             c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
             u = self.tanh(c)
@@ -216,15 +188,16 @@ class ProjectedLSTM(nn.Cell):
 
     def construct(self, x, state, lengths=None):
         """x [time, batch, projection], state [batch, projection + dim], h beside c -> h of all time steps, like x, and
-        the state after the last one, or, with lengths (int32 [batch]), after each row's own last."""
+        the state after the last one, or, with lengths (int32 [batch]), after each row's own last. The state has no
+        gradient."""
         W, B, W_P = self.weights
         h, c = ops.split(state, [W_P.shape[1], W_P.shape[0]], 1)
-        y, hs, cs, _ = self.recurrence(x, h, c, W, B, W_P)  # FastRecurrence's bprop takes only y's gradient
+        y, hs, cs, _ = self.recurrence(x, h, c, W, B, W_P)
         if lengths is None:
-            return y, ops.concat((hs[-1], cs[-1]), 1)
-        states = ops.concat((y, ops.stack(cs)), 2)  # [time, batch, projection + dim]
+            return y, ops.stop_gradient(ops.concat((hs[-1], cs[-1]), 1))
+        states = ops.stop_gradient(ops.concat((y, ops.stack(cs)), 2))  # [time, batch, projection + dim]
         last = (lengths - 1).reshape(1, -1, 1).tile((1, 1, states.shape[2]))
-        return y, ops.stop_gradient(ops.gather_d(states, 0, last)[0])
+        return y, ops.gather_d(states, 0, last)[0]
 
 
 # ---- 4. Bidirectional language model ---------------------------------------------------------------------------------
@@ -242,7 +215,7 @@ class BiLM(nn.Cell):
         super().__init__()
         self.options = o = options if isinstance(options, Options) else read_options(options)
         rng = np.random.default_rng(seed)
-        self.encoder = CharEncoder(o, rng, amp)
+        self.encoder = FastCharEncoder(o, rng, amp)
         recurrence = FastRecurrence(o.cell_clip, o.proj_clip, amp)  # one for all, so that it is compiled once
         self.lstms = nn.CellList([  # layer 0 forward, layer 0 backward, layer 1 forward, ...
             ProjectedLSTM(f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/", o, rng, recurrence)
@@ -300,7 +273,7 @@ class BiLM(nn.Cell):
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
         mask = position < lengths.reshape(-1, 1)
         if not keep_sentence_boundaries:
-            layers, mask = [layer[:, 1:-1] for layer in layers], mask[:, 2:]  # two True fewer
+            layers, mask = [layer[:, 1:-1] for layer in layers], mask[:, 2:]  # lengths are with <S> and </S>
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
 
@@ -325,12 +298,12 @@ class Softmax(nn.Cell):
         W = np.random.default_rng(seed).standard_normal((n_classes, projection), np.float32)
         self.W = parameter("softmax/W", W * np.float32(math.sqrt(1 / projection)))
         self.b = parameter("softmax/b", np.zeros(n_classes))
-        self.max_logits = 2 ** 25 if on_cpu() else 2 ** 30  # at once, so that they fit in memory
+        self.max_logits = 2 ** 25 if on_cpu() else 2 ** 30  # computed at once: they must fit in memory
 
     def construct(self, y, target):
         """-log p(target) under the full softmax: y [n, projection], target int32 [n] -> [n]."""
-        n = max(1, self.max_logits // self.b.shape[0])  # positions at once
-        log_z = ops.concat([log_sum_exp(y[k:k + n], self.W, self.b) for k in range(0, y.shape[0], n)])
+        some = max(1, self.max_logits // self.b.shape[0])  # positions
+        log_z = ops.concat([log_sum_exp(y[k:k + some], self.W, self.b) for k in range(0, y.shape[0], some)])
         return log_z - (y * self.W[target]).sum(1) - self.b[target]
 
 
@@ -346,7 +319,8 @@ def draw_negatives(rng, n, n_classes):
     """
     drawn = np.empty(0, np.int64)
     while True:
-        more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1  # the inverse of P summed up
+        # By inversion: P(0) + ... + P(k) = log(k + 2) / log(n_classes + 1).
+        more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1
         drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
         new = np.sort(np.unique(drawn, return_index=True)[1])  # where a class is drawn for the first time
         if len(new) >= n:
@@ -355,7 +329,7 @@ def draw_negatives(rng, n, n_classes):
 
 def log_expected_count(k, n_draws, n_classes):
     """log q(k) for classes k, an array: q(k) = 1 - (1 - P(k))^n_draws, P as in `draw_negatives`, is the probability
-    that so many draws bring class k; as each is taken once, also how often it is expected among the negatives."""
+    that class k is drawn. Repeated draws are dropped, so this is also how often it is expected among the negatives."""
     p = np.log((k + 2) / (k + 1)) / np.log(n_classes + 1)
     return np.log(-np.expm1(n_draws * np.log1p(-p)))
 
@@ -367,7 +341,7 @@ def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, no
 
     y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
     not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
-    holds its exp t already, and not_drawn is 0.
+    holds its exp t already, and not_drawn is 0. (TensorFlow drops that negative instead, for the same sum.)
     """
     t = (y * W[target]).sum(1) + b[target] - target_log_q  # [n]
     log_sum = log_sum_exp(y, W[negatives], b[negatives] - negative_log_q)  # [n], log Σ_k exp s_k
@@ -406,7 +380,8 @@ class ScalarMix(nn.Cell):
 
 def layer_norm(h):
     """"... in some cases it also helped to apply layer normalization ... to each biLM layer before weighting" (section
-    3.2): each token by itself, whereas bilm-tf and AllenNLP take one mean and variance of all tokens of the batch."""
+    3.2): each token by itself, so that its vector does not depend on its batch. (bilm-tf and AllenNLP take one mean and
+    variance of all tokens of the batch.)"""
     centered = h - h.mean(-1, keep_dims=True)
     return centered / ops.sqrt(ops.square(centered).mean(-1, keep_dims=True) + 1e-12)
 
@@ -416,9 +391,9 @@ class Elmo(nn.Cell):
 
     options_file, weight_file: see `BiLM`; num_output_representations: how many mixes of the layers, each with its own s
     and γ; requires_grad: train the biLM too; do_layer_norm: see `layer_norm`; dropout: of the vectors, after
-    `set_train()`; vocab_to_cache: not needed, ignored; keep_sentence_boundaries: leave <S> and
-    </S> in; scalar_mix_parameters: fixed w for all mixes, for example [-9e10, -9e10, 1] for the top layer alone.
-    Unlike AllenNLP's it keeps no state between calls.
+    `set_train()`; vocab_to_cache: ignored; keep_sentence_boundaries: leave <S> and </S> in; scalar_mix_parameters:
+    fixed w for all mixes, for example [-9e10, -9e10, 1] for the top layer alone. Unlike AllenNLP's it keeps no state
+    between calls.
     """
 
     def __init__(self, options_file, weight_file, num_output_representations, requires_grad=False, do_layer_norm=False,
@@ -451,10 +426,11 @@ class Elmo(nn.Cell):
 class Batch(NamedTuple):
     """What one training step reads: a chunk of text (data.Chunk) and what is random. n = time · batch, N negatives.
 
-    Both directions read the same sentences in the same order, the backward one each sentence from its end; so in both
-    a sentence begins at the same time step. (Flags are uint8, since not all devices unstack bool.)
+    Of the sentence "cats sleep" the forward direction reads <S> cats sleep and predicts cats sleep </S>, the backward
+    one reads </S> sleep cats and predicts sleep cats <S>, both in the same time steps of the same stream: sentences
+    keep their order, each is reversed by itself (data.both_directions). Not all devices unstack bool: masks are uint8.
     """
-    chars: np.ndarray           # int32 [rows, 50], the distinct words, in tiers (see data.fill_tiers), and empty rows
+    chars: np.ndarray           # int32 [rows, 50], the distinct words; short ones first (see data.fill_tiers)
     word_index: np.ndarray      # int32 [2, time, batch], which of them is read
     reset_state: np.ndarray     # uint8 [batch], 1 where the LSTMs of both directions begin from zero (see `make_loss`)
     target: np.ndarray          # int32 [2, n], the class to predict
@@ -472,21 +448,19 @@ def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
     o, target = options, chunk.target.reshape(2, -1)
     if o.sample_softmax:
         rng = np.random.default_rng([seed, step, 1])
-        negatives, n_draws = zip(*[draw_negatives(rng, o.n_negative_samples_batch, n_classes) for _ in range(2)])
-        log_q = [[log_expected_count(k, n, n_classes) for k, n in zip(classes, n_draws)]
-                 for classes in (target, negatives)]
+        samples = [draw_negatives(rng, o.n_negative_samples_batch, n_classes) for direction in (0, 1)]
+        negatives = np.stack([classes for classes, _ in samples])
+        n_draws = np.array([[n] for _, n in samples])  # [2, 1]
+        target_log_q, negative_log_q = (log_expected_count(k, n_draws, n_classes) for k in (target, negatives))
     else:  # the full softmax is the sampled one with every class drawn, for sure: q = 1
         negatives = np.tile(np.arange(n_classes), (2, 1))
-        log_q = [np.zeros(target.shape), np.zeros(negatives.shape)]
+        target_log_q, negative_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
     chars, word_index = fill_tiers(tiers, chunk.words, chunk.word_index)
     shape = (o.n_layers + 1, *chunk.word_index.shape, o.projection) if o.dropout else (0,)
-    # Random bits, 16 for a number: much faster than floating-point numbers.
-    bits = np.random.SFC64([seed, step, 2, rank]).random_raw(math.prod(shape) // 4 + 1).view(np.uint16)
-    masks = bits[:math.prod(shape)].reshape(shape) >= np.uint16(o.dropout * 2 ** 16)
-    return Batch(chars, word_index, chunk.reset_state.view(np.uint8), target, negatives=np.array(negatives, np.int32),
-                 target_log_q=np.array(log_q[0], np.float32), negative_log_q=np.array(log_q[1], np.float32),
+    return Batch(chars, word_index, chunk.reset_state.view(np.uint8), target, negatives.astype(np.int32),
+                 target_log_q.astype(np.float32), negative_log_q.astype(np.float32),
                  not_drawn=np.array([~np.isin(t, k) for t, k in zip(target, negatives)], np.float32),
-                 masks=masks.view(np.uint8))
+                 masks=random_masks([seed, step, 2, rank], shape, o.dropout))
 
 
 def training_batches(run, corpus, tiers):
@@ -513,12 +487,12 @@ def make_loss(bilm, tiers):
     def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target_rows, negative_rows, target_log_q,
                 negative_log_q, not_drawn, masks):
         """W [rows, projection], b [rows]: of Θs, only those rows that the batch needs; target_rows [2, n],
-        negative_rows [2, N]: where in W the targets and the negatives stand; the rest as in `Batch`."""
+        negative_rows [2, N]: where in W the targets and the negatives stand; loss_scale: 1, or with float16 a number
+        that keeps gradients from underflow; the rest as in `Batch`."""
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # bilm-tf never resets a state, so that its models hardly learn to begin from zero. But measuring perplexity
-        # begins so once in each stream, and embedding in each sentence. So here the state of a stream, of both
-        # directions, is set to zero where a chunk begins with a sentence. (One that begins within a chunk inherits the
-        # state of the one before.)
+        # bilm-tf never resets a state, so that its models hardly learn to begin from zero, as `Elmo` and `embed` do in
+        # each sentence. So here the state of a stream, of both directions, is set to zero where a chunk begins with a
+        # sentence. (One that begins within a chunk inherits the state of the one before.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
         outputs, state = bilm.contextualize(x, state, masks=masks)
@@ -534,7 +508,14 @@ def make_loss(bilm, tiers):
 
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` and returns its loss and its gradient's norm, tensors
-    that the device may still be computing."""
+    that the device may still be computing.
+
+    It changes, of the `Run` (part 11),
+        bilm          the weights of character CNN and LSTMs
+        accumulators  Adagrad's sums of their squared gradients
+        tables        Θs, the very W and b of its `Softmax`, and the accumulators of these two
+        lstm_state    what the LSTMs hand on to the next chunk of their stream
+    """
     update = make_update(run, tiers)
 
     def step(batch):
@@ -542,12 +523,10 @@ def make_step(run, tiers):
         # Of Θs and its Adagrad accumulators only the rows of the batch's classes are read and written: those of the
         # negatives and of all workers' targets. A graph that did it would copy the whole tables: so it is done outside.
         classes = ops.concat((tensors.negatives.reshape(-1), run.workers.gather(tensors.target).reshape(-1)))
-        # A class may stand there more than once; one row of it, its last, gets the whole gradient (see `make_update`).
-        # So for each, the place where its class stands last: 7 2 7 5 -> 2 1 2 3
-        places = run.last_places(classes)
+        places = run.last_places(classes)  # where each one's class stands last: of classes 7 2 7 5, 2 1 2 3
         touched = [ops.gather(table, classes, 0) for table in run.tables]  # W, b and their accumulators
         loss, norm, run.lstm_state, touched = update(run.lstm_state, places, *touched, *tensors)
-        for table, new in zip(run.tables, touched):
+        for table, new in zip(run.tables, touched):  # the rows of one class are equal now
             ops.scatter_update(table, classes, new)
         return loss, norm
 
@@ -557,10 +536,10 @@ def make_step(run, tiers):
 def make_update(run, tiers):
     """-> the computation of a training step as one static graph: loss, gradient, clipping, Adagrad.
 
-    W, b, W_sum and b_sum are rows of Θs and of its accumulators in the order of `make_step`'s classes. Where a class
-    stands more than once (a graph needs fixed shapes), the loss reads the last of its rows alone, which `places` names,
-    so that this one gets the whole gradient of its class (as in TensorFlow it is summed before Adagrad squares it); in
-    the end it is copied to the others.
+    W, b, W_sum and b_sum are rows of Θs and of its accumulators, one for each of `make_step`'s classes. A class may
+    have several, since a graph needs fixed shapes; but its gradient must be summed before Adagrad squares it, as in
+    TensorFlow. Of classes 7 2 7 5, rows 0 and 2 are both class 7: the loss reads row 2 for either (see `places`), so
+    that row 2 has the whole gradient; in the end row 2 is copied to row 0.
     """
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
@@ -569,6 +548,7 @@ def make_update(run, tiers):
 
     @compiled
     def update(state, places, W, b, W_sum, b_sum, chars, word_index, reset_state, target, negatives, *rest):
+        # rest: target_log_q, negative_log_q, not_drawn, masks
         loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale_value
         first = negatives.size + workers.rank * target.size  # after the negatives come each worker's targets
         negative_rows = places[:negatives.size].reshape(2, -1)  # [2, N]
@@ -576,24 +556,24 @@ def make_update(run, tiers):
         (loss, new_state), ((dW, db), grads) = gradient(W, b, state, loss_scale, chars, word_index, reset_state,
                                                         target_rows, negative_rows, *rest)
         loss, dW, db, *grads = workers.mean((loss.reshape(1), dW, db, *grads))
-        if loss_scaler is not None:
-            loss, dW, db, *grads = [g / loss_scale for g in (loss, dW, db, *grads)]
-        # The gradient is that of unroll_steps · loss (bilm-tf), clipped by its norm over all parameters together.
-        norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        # = unroll_steps · min(1, all_clip_norm_val / norm)
-        scale = o.unroll_steps * o.all_clip_norm_val / ops.maximum(norm, ops.full_like(norm, o.all_clip_norm_val))
+        # The gradient is that of unroll_steps · loss, the loss summed over time (bilm-tf), and is clipped by its norm
+        # over all parameters together.
+        loss, factor = loss[0] / loss_scale, o.unroll_steps / loss_scale
+        norm = factor * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
+        # scale = factor · min(1, all_clip_norm_val / norm)
+        scale = factor * o.all_clip_norm_val / ops.maximum(norm, ops.full_like(norm, o.all_clip_norm_val))
         if loss_scaler is not None:  # a step that overflows changes no weight and no state, only the loss scale
             finite = ops.isfinite(norm)
             loss_scaler.adjust(finite)
             dW, db, *grads = [ops.where(finite, g, ops.zeros_like(g)) for g in (dW, db, *grads)]
-            scale, new_state = ops.where(finite, scale, 0.0), ops.where(finite, new_state, state)
-        # Adagrad: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf)
+            scale, new_state = ops.where(finite, scale, 0.0), ops.where(finite, new_state, state)  # 0 · nan is nan
+        # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
         for w, total, g in zip(weights, accumulators, grads):
             adagrad(w, total, o.learning_rate, scale * g)
         W_sum, b_sum = W_sum + ops.square(scale * dW), b_sum + ops.square(scale * db)
         W = W - o.learning_rate * scale * dW / ops.sqrt(W_sum)
         b = b - o.learning_rate * scale * db / ops.sqrt(b_sum)
-        return loss[0], norm, new_state, [ops.gather(x, places, 0) for x in (W, b, W_sum, b_sum)]
+        return loss, norm, new_state, [ops.gather(x, places, 0) for x in (W, b, W_sum, b_sum)]
 
     return update
 
@@ -602,41 +582,36 @@ def train(args):
     """Trains a biLM (section 3.4) or, with --weights, trains one further: "fine tuning the biLM on domain specific
     data" (3.4)."""
     run, corpus, heldout = open_run(args)  # part 11: options, text and weights, and where a resumed run stands
-    o, workers = run.options, run.workers
-    tokens_per_step = o.batch_size * o.unroll_steps * workers.size
-    n_predictions = corpus.tokens + corpus.sentences  # a sentence of n tokens has n + 1 in each direction
-    epoch_ends = [epoch * n_predictions // tokens_per_step for epoch in range(1, o.n_epochs + 1)]
-    n_steps = min(epoch_ends[-1], args.steps or epoch_ends[-1])
-    if run.step >= n_steps:
+    if run.step >= run.n_steps:
         print("all steps are done; more --epochs or --steps train further")
         return
-    print(f"{n_steps:,} steps of {tokens_per_step:,} tokens; compiling the training step", flush=True)
+    print(f"{run.n_steps:,} steps of {run.tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-    tiers = measure_tiers(read_chunks(corpus, run.vocabulary, o, run.seed))  # of its first chunks
+    tiers = measure_tiers(read_chunks(corpus, run.vocabulary, run.options, run.seed))  # of its first chunks
     step = make_step(run, tiers)
-    perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, workers) if heldout else None
+    perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, run.workers) if heldout else None
     batches = training_batches(run, corpus, tiers)
     with stop_signals() as signals, contextlib.closing(batches):
         for batch, position in batches:
             loss, norm = step(batch)  # forward and backward, clipping, Adagrad
             run.step, run.position = run.step + 1, position
             run.losses.append((loss, norm))
-            epoch, is_best = bisect.bisect_left(epoch_ends, run.step) + 1, False
-            epoch_is_over = run.step in epoch_ends or run.step == n_steps
+            epoch, is_best = bisect.bisect_left(run.epoch_ends, run.step) + 1, False
+            epoch_is_over = run.step in run.epoch_ends or run.step == run.n_steps
             log_is_due = epoch_is_over or run.step % args.log_every == 0
             if log_is_due:
-                run.log_loss(args.out, epoch, n_steps, tokens_per_step)  # the sampled loss; waits for the device
+                run.log_loss(args.out, epoch)  # the sampled loss; waits for the device
             if epoch_is_over:  # perplexities are over all words: higher than exp of the sampled loss
-                is_best = run.log_perplexities(args.out, epoch, perplexity()) if perplexity else True
+                is_best = perplexity is None or run.log_and_compare(args.out, epoch, perplexity())
             # Several workers ask each other for signals only where they log, as asking takes time.
-            stopping = (workers.size == 1 or log_is_due) and workers.sum([len(signals)])[0] > 0
+            stopping = (run.workers.size == 1 or log_is_due) and run.workers.sum([len(signals)])[0] > 0
             if epoch_is_over or stopping or (args.save_every and run.step % args.save_every == 0):
                 run.save(args.out, is_best)
-            if stopping or run.step == n_steps:
+            if stopping or run.step == run.n_steps:
                 break
-            if log_is_due or run.clock is None:  # the compilation of the first step is not timed, nor perplexity
+            if log_is_due or run.clock is None:  # tokens/s are measured from here: without compilation and perplexity
                 run.clock = run.step, time.perf_counter()
-    if run.step < n_steps:
+    if run.step < run.n_steps:
         command = shlex.join(args.argv) + ("" if args.resume else " --resume")
         print(f"stopped after step {run.step:,}, which is saved; to go on: python {command}", flush=True)
 
@@ -667,7 +642,8 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
                           for direction, layers in enumerate(outputs)]), state
 
     def perplexity():
-        # As in bilm-tf the state of a stream is carried on from sentence to sentence; unlike in training, always.
+        # As in bilm-tf, and so that its perplexities compare, a stream's state is never reset. `valid` leaves out what
+        # is beyond the text's end.
         total, n, state = np.zeros(2), 0, zero_state(bilm.options, bilm.options.batch_size)
         for inputs, target, valid in prefetch(chunks(rank=workers.rank, size=workers.size), lambda chunk: (
                 fill_tiers(tiers, chunk.words, chunk.word_index), chunk.target, chunk.valid)):
@@ -718,6 +694,10 @@ def make_matmul(amp):
     return rounded_matmul
 
 
+# x + b, [n, outputs] + [outputs]: + itself is slow on a CPU, ops.bias_add does not compile where a cell has a bprop.
+bias_add = ops.BiasAdd()
+
+
 def log(x):
     return ops.xlogy(ops.ones_like(x), x)  # the last bits of the CPU's ops.log depend on how threads share the work
 
@@ -742,8 +722,52 @@ def make_max_over_time():
     return max_by_pooling if on_cpu() else max_of_tensor
 
 
+def random_masks(seed, shape, rate):
+    """uint8, 0 with probability `rate`, else 1. From random bits, 16 for each: much faster than from floats."""
+    bits = np.random.SFC64(seed).random_raw(math.prod(shape) // 4 + 1).view(np.uint16)
+    return (bits[:math.prod(shape)].reshape(shape) >= np.uint16(rate * 2 ** 16)).view(np.uint8)
+
+
 def sum_of_squares(x):
     return ops.square(x.reshape(x.shape[0], -1)).sum(1).sum()  # one axis at a time: several are many times slower
+
+
+class FastCharEncoder(CharEncoder):
+    """`CharEncoder` with one product for the filters of all widths, for words in tiers of length."""
+
+    def __init__(self, options, rng, amp=None):
+        super().__init__(options, rng, amp)
+        self.widest, self.max_over_time = max(width for width, _ in options.filters), make_max_over_time()
+        # Added to the scores, so that no filter wins where it reaches beyond character 50.
+        widths = np.repeat([width for width, _ in options.filters], [n for _, n in options.filters])  # of each filter
+        self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] + widths > MAX_CHARS, -1e4, 0), ms.float32)
+
+    def features(self, embedding, chars, tiers):
+        """As `CharEncoder.features`. tiers = ((n, limit), ...), see data.measure_tiers: the first n words have at most
+        `limit` characters that are not padding, and so on; the last tier takes all that are left, at full length."""
+        # All filters side by side; rows of zeros make each as wide as the widest. (By concat, here and below: ops.pad
+        # has a wrong gradient in MindSpore 2.10 from the second run on.)
+        kernel = ops.concat([
+            ops.concat((W, ops.zeros((1, self.widest - width, self.char_dim, n), ms.float32)), 1).reshape(-1, n)
+            for (width, n), W in zip(self.filters, self.W_cnn)], 1)  # [widest · char_dim, filters]
+        # The widened filters reach beyond character 50, where there are none.
+        chars = ops.concat((chars, ops.zeros((chars.shape[0], self.widest - 1), ms.int32)), 1)
+        max_scores, first = [], 0
+        for n, limit in tiers[:-1]:
+            # From a word's end on every filter sees padding alone and scores the same: one such position is enough.
+            max_scores.append(self.max_scores(embedding, chars[first:first + n], kernel, min(limit + 1, MAX_CHARS)))
+            first += n
+        max_scores.append(self.max_scores(embedding, chars[first:], kernel, MAX_CHARS))
+        return self.activation(bias_add(ops.concat(max_scores), ops.concat(list(self.b_cnn))))
+
+    def max_scores(self, embedding, chars, kernel, n_positions):
+        """The maximum over the first positions: chars int32 [words, 50 + widest - 1] -> [words, filters]."""
+        patches = ops.stack([chars[:, k:k + n_positions] for k in range(self.widest)], -1)  # [words, positions, widest]
+        e = ops.gather(embedding, patches, 0).reshape(chars.shape[0] * n_positions, -1)  # [.., widest · char_dim]
+        scores = self.matmul(e, kernel).reshape(chars.shape[0], n_positions, -1)  # [words, positions, filters]
+        if n_positions + self.widest - 1 > MAX_CHARS:  # only then a widened filter may stand beyond character 50
+            scores = scores + self.beyond[:n_positions]
+        return self.max_over_time(scores)
 
 
 class FastRecurrence(Recurrence):
@@ -1139,6 +1163,13 @@ class Run:
         self.own_checkpoints = set()  # those that stood in the folder when this process last looked
         self.clock = None  # (step, time) from which the speed is measured
 
+    def plan(self, corpus, n_steps=None):
+        """How long to train: the options' epochs, which are counted from the text, or n_steps if these are fewer."""
+        o, n_predictions = self.options, corpus.tokens + corpus.sentences  # a sentence of n tokens has n + 1
+        self.tokens_per_step = o.batch_size * o.unroll_steps * self.workers.size
+        self.epoch_ends = [epoch * n_predictions // self.tokens_per_step for epoch in range(1, o.n_epochs + 1)]
+        self.n_steps = min(self.epoch_ends[-1], n_steps or self.epoch_ends[-1])
+
     def last_places(self, classes):
         """The last place at which each of the classes [n] stands in this list, int32 [n]."""
         ops.scatter_max(self.last_place, classes, ops.arange(len(classes)).astype(ms.int32))
@@ -1157,19 +1188,19 @@ class Run:
                              f"norm {numbers[k, 1]}; checkpoints from before are good; train with a lower --lr")
         return numbers[finite]
 
-    def log_loss(self, folder, epoch, n_steps, tokens_per_step):
+    def log_loss(self, folder, epoch):
         """One line on the console and in log.csv: the mean loss since the last, tokens a second, the time left."""
         loss, speed, left = self.fetch_losses()[:, 0].mean(), "", ""
         if self.clock:
             rate = (self.step - self.clock[0]) / (time.perf_counter() - self.clock[1])
-            speed = f"{rate * tokens_per_step:.0f}"
-            left = f"{int(speed):,} tokens/s  {math.ceil((n_steps - self.step) / rate / 60)} min left"
-        print(f"step {self.step:,} of {n_steps:,}  epoch {epoch}  sampled loss {loss:.4f}  {left}", flush=True)
+            speed = f"{rate * self.tokens_per_step:.0f}"
+            left = f"{int(speed):,} tokens/s  {math.ceil((self.n_steps - self.step) / rate / 60)} min left"
+        print(f"step {self.step:,} of {self.n_steps:,}  epoch {epoch}  sampled loss {loss:.4f}  {left}", flush=True)
         self.losses = []
         self.log.append(f"{self.step},{epoch},{loss:.6f},{speed},,,")
         self.write_log(folder)
 
-    def log_perplexities(self, folder, epoch, scores):
+    def log_and_compare(self, folder, epoch, scores):
         """At an epoch's end: adds the held-out `Perplexities` to the last line -> whether it is the best so far."""
         print(f"epoch {epoch}: held-out {scores}", flush=True)
         self.log[-1] = self.log[-1][:-2] + f"{scores.forward:.4f},{scores.backward:.4f},{scores.average:.4f}"
@@ -1280,6 +1311,7 @@ def open_run(args):
         print(f"{args.options}: n_tokens_vocab is {options.n_tokens_vocab:,}, but {args.vocab} has {n_words:,} words, "
               "which decides", flush=True)
     run = Run(replace(options, n_tokens_vocab=n_words), vocabulary, args.seed, args.amp, workers)
+    run.plan(corpus, args.steps)
     if args.weights and not (args.resume and checkpoints(args.out)):
         load_weights(args.weights, run.bilm.get_parameters())
         with open_arrays(args.weights) as (names, _):

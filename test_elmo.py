@@ -514,9 +514,10 @@ ODD_WORDS = ["a", "The", "I", "elephants", "x" * 47, "x" * 48, "y" * 49, "long" 
 ])
 def test_the_character_encoder_equals_numpy_also_for_words_in_tiers_of_length(activation, n_highway, filters):
     o, n = options(activation=activation, n_highway=n_highway, filters=filters), len(ODD_WORDS)
-    encoder = randomize(elmo.CharEncoder(o, np.random.default_rng(0)))
+    plain, encoder = (randomize(kind(o, np.random.default_rng(0))) for kind in (elmo.CharEncoder, elmo.FastCharEncoder))
     chars = np.array([*map(char_ids, ODD_WORDS), np.zeros(50, np.int32)])  # the last is masked
     expected = numpy_encoder(chars, weights(encoder), o)
+    close(plain(Tensor(chars)), expected)
     close(encoder(Tensor(chars)), expected)
     limits = (3, 11, 43)
     for some in [*([limit] for limit in limits), limits]:
@@ -530,7 +531,7 @@ def test_the_character_encoder_equals_numpy_also_for_words_in_tiers_of_length(ac
 @pytest.mark.parametrize("activation, filters", [("relu", ((1, 2), (3, 3))), ("tanh", ((4, 2), (2, 3)))])
 def test_the_gradient_of_the_character_encoder_is_right_for_every_weight_at_every_call(activation, filters):
     o = options(activation=activation, filters=filters, char_dim=2, projection=3, n_highway=2)
-    encoder = randomize(elmo.CharEncoder(o, np.random.default_rng(0)))
+    encoder = randomize(elmo.FastCharEncoder(o, np.random.default_rng(0)))
     parameters, tiers, dy = ms.ParameterTuple(encoder.trainable_params()), ((2, 5), (2, 50)), random(4, 3)
 
     def loss(chars, dy):
@@ -554,7 +555,7 @@ def test_the_gradient_of_the_character_encoder_is_right_for_every_weight_at_ever
 def test_the_gradient_of_the_maximum_goes_to_one_position_where_several_are_equal(on_cpu, monkeypatch):
     monkeypatch.setattr(elmo, "on_cpu", lambda: on_cpu)
     o, rng = options(filters=((1, 4), (3, 3)), char_dim=2, n_highway=0, projection=7), np.random.default_rng(0)
-    encoder, words = elmo.CharEncoder(o, rng), ["abcabcabca", "hello", "xyzzy" * 12, "ab"]
+    encoder, words = elmo.FastCharEncoder(o, rng), ["abcabcabca", "hello", "xyzzy" * 12, "ab"]
     for p in encoder.get_parameters():  # small integers, so that there are many ties
         p.set_data(Tensor(rng.integers(-1, 2, p.shape).astype(np.float32)))
     chars, dm, w = np.array([char_ids(word) for word in words]), random(4, 7), weights(encoder)
