@@ -50,6 +50,7 @@ from data import (MAX_CHARS, RUN_FILE, SPECIAL, ArgumentParser, Corpus, InputErr
                   read_chunks, run_program, with_progress)  # before mindspore: it quiets MindSpore's log
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.ops.auto_generate import SigmoidGrad, TanhGrad
 
 # ---- 1. Options: every hyperparameter of the paper's model -----------------------------------------------------------
 
@@ -146,7 +147,7 @@ class CharEncoder(nn.Cell):
 class Recurrence(nn.Cell):
     """One direction of one layer: the LSTM of section 3.1, its output projected (Sak et al., 2014). At each time step
 
-        i, j, f, o = [x_t, h] · W + B                   input gate, candidate, forget gate, output gate
+        i, j, f, o = x_t · W_x + h · W_h + B            input gate, candidate, forget gate, output gate
         c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
         h = clip((sigmoid(o) · tanh(c)) · W_P)          the forget gate's + 1 and the clips are bilm-tf's
 
@@ -159,18 +160,20 @@ class Recurrence(nn.Cell):
         self.matmul, self.tanh = make_matmul(amp), make_tanh()
 
     def construct(self, x, h, c, W, B, W_P):
-        """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
-        W_P [dim, projection] -> h after each time step, stacked, [time, batch, projection]; the same as a tuple; c of
-        each; and what else the backward pass of `FastRecurrence` needs of each."""
+        """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], W_x above W_h,
+        B [4 dim], W_P [dim, projection] -> h after each time step, stacked, [time, batch, projection]; the same as a
+        tuple; c of each; and what else the backward pass of `FastRecurrence` needs of each."""
+        W_x, W_h = W[:x.shape[2]], W[x.shape[2]:]
+        # x_t · W_x + B of all time steps in one product, which is faster
+        x_W = bias_add(self.matmul(x.reshape(-1, x.shape[2]), W_x), B).reshape(x.shape[0], x.shape[1], -1)
         hs, cs, saved = (), (), ()
-        for x_t in ops.unstack(x):  # x[t] would be slow
-            x_h = ops.concat((x_t, h), 1)  # [batch, input + projection]
-            i, j, f, o = ops.split(bias_add(self.matmul(x_h, W), B), c.shape[1], 1)  # [batch, dim] each
+        for x_W_t in ops.unstack(x_W):  # x_W[t] would be slow
+            i, j, f, o = ops.split(x_W_t + self.matmul(h, W_h), c.shape[1], 1)  # [batch, dim] each
             i, j, f, o = ops.sigmoid(i), self.tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
             c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
             u = self.tanh(c)
             h = ops.clamp(self.matmul(o * u, W_P), -self.proj_clip, self.proj_clip)  # [batch, projection]
-            hs, cs, saved = hs + (h,), cs + (c,), saved + ((x_h, i, j, f, o, u),)
+            hs, cs, saved = hs + (h,), cs + (c,), saved + ((i, j, f, o, u),)
         return ops.stack(hs), hs, cs, saved
 
 
@@ -696,6 +699,7 @@ def make_matmul(amp):
 
 # x + b, [n, outputs] + [outputs]: + itself is slow on a CPU, ops.bias_add does not compile where a cell has a bprop.
 bias_add = ops.BiasAdd()
+sigmoid_grad, tanh_grad = SigmoidGrad(), TanhGrad()  # (y, dy) -> dy · y · (1 - y) and dy · (1 - y²), one kernel each
 
 
 def log(x):
@@ -779,25 +783,27 @@ class FastRecurrence(Recurrence):
         backpropagation ends there."""
         _, hs, cs, saved = out
         cs = (c,) + cs  # cs[t] is what step t begins with, cs[t + 1] what it makes
+        W_x, W_h = W[:x.shape[2]], W[x.shape[2]:]
         dh_outside, dh, dc = ops.unstack(dout[0]), ops.zeros_like(h), ops.zeros_like(c)
-        dx, x_hs, dgates, ous, dhs = (), (), (), (), ()
+        dgates, ous, dhs = (), (), ()
         for t in range(len(saved) - 1, -1, -1):
-            x_h, i, j, f, o, u = saved[t]
+            i, j, f, o, u = saved[t]
             dh = dh_outside[t] + dh
             dh = ops.select(ops.abs(hs[t]) < self.proj_clip, dh, ops.zeros_like(dh))  # no gradient where h was clipped
             dou = self.matmul(dh, W_P, transpose_y=True)
-            dc = dc + dou * o * (1 - u * u)
+            dc = dc + tanh_grad(u, dou * o)
             dc = ops.select(ops.abs(cs[t + 1]) < self.cell_clip, dc, ops.zeros_like(dc))
-            dgate = ops.concat((dc * i * j * (1 - i), dc * i * (1 - j * j), dc * f * cs[t] * (1 - f),
-                                dou * o * u * (1 - o)), 1)  # of i, j, f, o before sigmoid and tanh, [batch, 4 dim]
-            dx_h = self.matmul(dgate, W, transpose_y=True)  # [batch, input + projection]
-            x_hs, dgates, ous, dhs = x_hs + (x_h,), dgates + (dgate,), ous + (o * u,), dhs + (dh,)
-            dx = (dx_h[:, :x.shape[2]],) + dx
-            dc, dh = dc * f, dx_h[:, x.shape[2]:]
-        x_hs, dgates, ous, dhs = ops.concat(x_hs), ops.concat(dgates), ops.concat(ous), ops.concat(dhs)
-        ones = ops.ones((1, dgates.shape[0]), dgates.dtype)  # ones · dgates, twice as fast as dgates.sum(0)
-        return (ops.stack(dx), ops.zeros_like(h), ops.zeros_like(c), self.matmul(x_hs, dgates, transpose_x=True),
-                self.matmul(ones, dgates)[0], self.matmul(ous, dhs, transpose_x=True))
+            dgate = ops.concat((sigmoid_grad(i, dc * j), tanh_grad(j, dc * i), sigmoid_grad(f, dc * cs[t]),
+                                sigmoid_grad(o, dou * u)), 1)  # of what i, j, f, o are made from, [batch, 4 dim]
+            dgates, ous, dhs = (dgate,) + dgates, (o * u,) + ous, (dh,) + dhs
+            dc, dh = dc * f, self.matmul(dgate, W_h, transpose_y=True)
+        # Of all time steps, [time · batch, ..]
+        xs, hs, dgates = x.reshape(-1, x.shape[2]), ops.concat((h,) + hs[:-1]), ops.concat(dgates)
+        dW = ops.concat((self.matmul(xs, dgates, transpose_x=True), self.matmul(hs, dgates, transpose_x=True)))
+        dB = self.matmul(ops.ones((1, dgates.shape[0]), dgates.dtype), dgates)[0]  # twice as fast as dgates.sum(0)
+        dW_P = self.matmul(ops.concat(ous), ops.concat(dhs), transpose_x=True)
+        dx = self.matmul(dgates, W_x, transpose_y=True).reshape(x.shape)
+        return dx, ops.zeros_like(h), ops.zeros_like(c), dW, dB, dW_P
 
 
 class LogSumExp(nn.Cell):
