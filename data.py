@@ -209,11 +209,11 @@ def measure_tiers(chunks):
     """The tiers that the first chunks of an iterable need, with spare room. The limits between them are quantiles of
     the words' lengths; any limits are exact, these waste little."""
     of_chunks = [word_chars(chunk.words)[1] for chunk in itertools.islice(chunks, 20)]  # the lengths of each
-    quantiles = np.quantile(np.concatenate(of_chunks), (0.5, 0.9, 0.99)).astype(int)
+    quantiles = np.quantile(np.concatenate(of_chunks), (0.4, 0.75, 0.95, 0.995)).astype(int)
     limits = sorted({*quantiles.tolist(), MAX_CHARS})
     # A word may stand in any tier that is long enough: what counts is how many words are longer than a limit.
     n_longer = np.mean([[(lengths > limit).sum() for limit in [0, *limits[:-1]]] for lengths in of_chunks], axis=0)
-    n_longer = [*(n_longer + 5 * np.sqrt(n_longer) + 8).astype(int).tolist(), 0]
+    n_longer = [*(n_longer + 4 * np.sqrt(n_longer) + 12).astype(int).tolist(), 0]
     return tuple((more - fewer, limit) for more, fewer, limit in zip(n_longer, n_longer[1:], limits) if more > fewer)
 
 
