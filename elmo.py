@@ -102,7 +102,8 @@ class CharEncoder(nn.Cell):
         normal = lambda *shape: rng.normal(0, math.sqrt(1 / math.prod(shape[:-1])), shape)  # shape [..inputs, outputs]
         filters = lambda *shape: uniform(0.05, *shape) if o.activation == "relu" else normal(*shape)
         self.filters, self.char_dim = o.filters, o.char_dim
-        self.matmul, self.activation = make_matmul(amp), ops.relu if o.activation == "relu" else make_tanh()
+        self.matmul = make_matmul(amp)
+        self.activation = ops.relu if o.activation == "relu" else make_tanh()
         self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # bytes and marks, see data.char_ids
         self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", filters(1, width, o.char_dim, n))
                                         for k, (width, n) in enumerate(o.filters)])
@@ -1233,7 +1234,7 @@ class Run:
         if not set(checkpoints(folder)) <= self.own_checkpoints:
             raise InputError(f"{folder}: another process trains this run, too; it goes on, this one stops")
         about = {"step": self.step, "positions": positions, "best": self.best, "losses": losses,
-                 "lstm_states": states, "log": "\n".join(self.log),
+                 "lstm_states": states, "log": "\n".join(self.log).encode(),
                  "trained_with": trained_with(self.options, self.vocabulary),
                  "n_finite": self.loss_scaler.counter.asnumpy() if self.loss_scaler else 0}
         # The best first: after a crash between the two, this epoch ends again and is the best again.
@@ -1256,7 +1257,8 @@ class Run:
                 print(f"{error}; trying the one before", flush=True)
                 continue
             check_trained_with(path, self.options, self.vocabulary)
-            self.step, self.best, self.losses, self.log = int(step), float(best), losses.tolist(), str(log).splitlines()
+            self.step, self.best, self.losses = int(step), float(best), losses.tolist()
+            self.log = str(log.astype(str)).splitlines()
             self.position, self.lstm_state = positions[self.workers.rank], Tensor(states[self.workers.rank])
             if self.loss_scaler:
                 self.loss_scaler.counter.set_data(Tensor(n_finite))
