@@ -17,14 +17,15 @@ Where the paper is silent, its reference code decides, unless a comment says oth
 TensorFlow.
 
 For readers of PyTorch: an nn.Cell is a Module and its construct is forward; a ParameterTuple is a ParameterList;
-ms.jit compiles a function to a static graph; ms.value_and_grad(f, positions, weights, has_aux=True) returns f's results
-and the gradients of the first; a cell's bprop, where there is one, is its own backward pass. `matmul`, `bias_add`
-(x + b), `log`, `log_sum_exp(y, W, b)` (log Σ_k exp(y · W_k + b_k)), `make_tanh`, `compiled` and `parameter` are what
-their names say (part 8); amp is the type in which matrices are multiplied, float32 where it is None. data.py reads the
-text.
+ms.jit compiles a function to a static graph; ms.value_and_grad(f, positions, weights, has_aux=True) gives what f
+returns, and the gradients of the first result by the arguments at these positions and by the weights; a cell's bprop,
+where there is one, is its own backward pass; ops.gather_d is torch.gather.
+
+`matmul`, `bias_add` (x + b), `log`, `log_sum_exp(y, W, b)` (log Σ_k exp(y · W_k + b_k)), `compiled` and `parameter` are
+what their names say (part 8). `make_matmul(amp)` returns the product of matrices in the type amp (None: float32);
+`make_tanh()` returns tanh in a form for the device. data.py reads the text.
 """
 import argparse
-import bisect
 import contextlib
 import errno
 import functools
@@ -90,10 +91,8 @@ class Options:
 # ---- 2. Character CNN: a word's characters to a context-independent token representation x_k -------------------------
 
 class CharEncoder(nn.Cell):
-    """x_k, "a context-independent token representation (via token embeddings or a CNN over characters)" (section 3.1).
-
-    The biLM's is `FastCharEncoder` (part 8), which computes the same features in less time.
-    """
+    """"... a context-independent token representation x_k^LM (via token embeddings or a CNN over characters)" (section
+    3.1). The biLM's is `FastCharEncoder` (part 8), which computes the same features in less time."""
 
     def __init__(self, options, rng, amp=None):
         super().__init__()
@@ -104,22 +103,27 @@ class CharEncoder(nn.Cell):
         self.filters, self.char_dim = o.filters, o.char_dim
         self.matmul = make_matmul(amp)
         self.activation = ops.relu if o.activation == "relu" else make_tanh()
-        self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # bytes and marks, see data.char_ids
+        self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # 256 bytes and 5 marks
         self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", filters(1, width, o.char_dim, n))
                                         for k, (width, n) in enumerate(o.filters)])
         self.b_cnn = ms.ParameterTuple([parameter(f"CNN/b_cnn_{k}", np.zeros(n)) for k, (_, n) in enumerate(o.filters)])
-        self.highway = ms.ParameterTuple([parameter(f"CNN_high_{k}/{name}", array) for k in range(o.n_highway)
-                                          for name, array in (("W_carry", normal(n_filters, n_filters)),
-                                                              ("b_carry", np.full(n_filters, -2.0)),  # small g at first
-                                                              ("W_transform", normal(n_filters, n_filters)),
-                                                              ("b_transform", np.zeros(n_filters)))])
+        highway = []
+        for name in [f"CNN_high_{k}/" for k in range(o.n_highway)]:
+            highway += [parameter(name + "W_carry", normal(n_filters, n_filters)),
+                        parameter(name + "b_carry", np.full(n_filters, -2.0)),  # so that g is small at first
+                        parameter(name + "W_transform", normal(n_filters, n_filters)),
+                        parameter(name + "b_transform", np.zeros(n_filters))]
+        self.highway = ms.ParameterTuple(highway)
         self.projection = ms.ParameterTuple([parameter("CNN_proj/W_proj", normal(n_filters, o.projection)),
                                              parameter("CNN_proj/b_proj", np.zeros(o.projection))])
 
     def construct(self, chars, tiers=()):
-        """chars int32 [words, 50] -> x_k [words, projection]. chars: ids of bytes, marks of a word's begin and end, and
-        padding, which is a character like any other (data.char_ids); 0 is no word, and embedded as zeros. tiers: which
-        words are short, only to save time (part 8)."""
+        """chars int32 [words, 50] -> x_k [words, projection].
+
+        chars, see data.char_ids: 1 to 256 are bytes, 257 and 258 stand for <S> and </S>, 259 and 260 for a word's begin
+        and end; 261 is padding, and embedded like any other; 0 is no word, and embedded as zeros. tiers: ((number of
+        words, their characters at most), ...) of the words in this order; knowing it saves time (part 8).
+        """
         embedding = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # [262, char_dim]
         x = self.features(embedding, chars, tiers)  # [words, filters]
         # y = g · relu(x · W_t + b_t) + (1 - g) · x. bilm-tf calls W_c "carry", although g is the share not carried.
@@ -152,7 +156,8 @@ class Recurrence(nn.Cell):
         c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
         h = clip((sigmoid(o) · tanh(c)) · W_P)          the forget gate's + 1 and the clips are bilm-tf's
 
-    The weights are inputs because `FastRecurrence` (part 8), the same with a backward pass of its own, needs them so.
+    The weights are inputs because `FastRecurrence` (part 8) is the same with a backward pass of its own, and such a
+    pass can return gradients of inputs only.
     """
 
     def __init__(self, cell_clip, proj_clip, amp=None):
@@ -162,8 +167,8 @@ class Recurrence(nn.Cell):
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], W_x above W_h,
-        B [4 dim], W_P [dim, projection] -> h after each time step, stacked, [time, batch, projection]; the same as a
-        tuple; c of each; and what else the backward pass of `FastRecurrence` needs of each."""
+        B [4 dim], W_P [dim, projection] -> four things, each of all time steps: h, stacked, [time, batch, projection];
+        h and c as tuples; and what else the backward pass of `FastRecurrence` needs."""
         W_x, W_h = W[:x.shape[2]], W[x.shape[2]:]
         # x_t · W_x + B of all time steps in one product, which is faster
         x_W = bias_add(self.matmul(x.reshape(-1, x.shape[2]), W_x), B).reshape(x.shape[0], x.shape[1], -1)
@@ -184,16 +189,17 @@ class ProjectedLSTM(nn.Cell):
     def __init__(self, name, options, rng, recurrence):
         super().__init__()
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        self.weights = ms.ParameterTuple([  # not three attributes: their names would replace the parameters' own
+        # Not attributes W, B and W_P, after which MindSpore would rename the parameters once this cell is in another.
+        self.weights = ms.ParameterTuple([
             parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
             parameter(name + "B", np.zeros(4 * options.dim)),
             parameter(name + "W_P_0", glorot(options.dim, options.projection))])
         self.recurrence = recurrence
 
     def construct(self, x, state, lengths=None):
-        """x [time, batch, projection], state [batch, projection + dim], h beside c -> h of all time steps, like x, and
-        the state after the last one, or, with lengths (int32 [batch]), after each row's own last. The state has no
-        gradient."""
+        """x [time, batch, projection], state [batch, projection + dim], which is h beside c -> h of all time steps, of
+        the shape of x, and the state after the last one; given lengths, int32 [batch], the state after each row's own
+        last one. The state has no gradient."""
         W, B, W_P = self.weights
         h, c = ops.split(state, [W_P.shape[1], W_P.shape[0]], 1)
         y, hs, cs, _ = self.recurrence(x, h, c, W, B, W_P)
@@ -232,9 +238,9 @@ class BiLM(nn.Cell):
         """The LSTMs over a chunk of text -> [[→h_1, ..., →h_L], [←h_1, ..., ←h_L]], each [time, batch, projection], and
         the new state.
 
-        x [2, time, batch, projection], both directions in their own reading order; state [2, layers, batch, projection
-        + dim]; lengths: see `ProjectedLSTM`; masks [layers + 1][2], those of dropout, the last for
-        the output (see `drop`, `make_loss`).
+        x [2, time, batch, projection], both directions in their own reading order; state [2, layers, batch,
+        projection + dim]; lengths: see `ProjectedLSTM`; masks [layers + 1][2], those of dropout, the last for the
+        output (see `drop`, `make_loss`).
         """
         o, outputs, states = self.options, [], []
         for direction, (y, old_states) in enumerate(zip(ops.unstack(x), ops.unstack(state))):
@@ -255,17 +261,17 @@ class BiLM(nn.Cell):
 
         layers: R_k = {h_k,j | j = 0, ..., L} (section 3.2), each [batch, tokens, 2 · projection], forward beside
         backward; h_k,0 is x_k twice. mask: bool [batch, tokens], where there is a token. state [2, layers, batch,
-        projection + dim]: the LSTMs' after each sentence's end, without a gradient; give it to the next call only if
-        its sentences go on from these. <S> and </S> are added, and left out of the result unless
+        projection + dim]: the LSTMs' after each sentence's end, without a gradient; give it to the next call only where
+        its sentences continue these, row by row. <S> and </S> are added, and left out of the result unless
         keep_sentence_boundaries says otherwise: then there are 2 tokens more.
         """
         o, (batch, tokens, _) = self.options, ids.shape
-        ids = ops.concat((self.begin.tile((batch, 1, 1)), ids.astype(ms.int32),
-                          ops.zeros((batch, 1, MAX_CHARS), ms.int32)), 1)  # [batch, tokens + 2, 50]
-        n_tokens = (ids > 0).any(-1).astype(ms.int32).sum(1).astype(ms.int32)  # with <S>
+        room_for_end = ops.zeros((batch, 1, MAX_CHARS), ms.int32)
+        ids = ops.concat((self.begin.tile((batch, 1, 1)), ids.astype(ms.int32), room_for_end), 1)
+        n_tokens = (ids > 0).any(-1).sum(1, dtype=ms.int32).reshape(-1, 1) - 1  # [batch, 1], <S> not counted
         position = ops.arange(tokens + 2).astype(ms.int32).reshape(1, -1)
-        ids = ops.where((position == n_tokens.reshape(-1, 1)).reshape(batch, -1, 1), self.end, ids)
-        lengths = n_tokens + 1
+        ids = ops.where((position == n_tokens + 1).reshape(batch, -1, 1), self.end, ids)  # [batch, tokens + 2, 50]
+        lengths = n_tokens.reshape(-1) + 2
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, tokens + 2, -1)
         reversed_x = ops.reverse_sequence(x, lengths, seq_dim=1, batch_dim=0)
         both = ops.stack((x, reversed_x)).swapaxes(1, 2)  # [2, time, batch, projection]
@@ -275,9 +281,9 @@ class BiLM(nn.Cell):
         for f, b in zip(forward, backward):
             b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, seq_dim=1, batch_dim=0)
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
-        mask = position < lengths.reshape(-1, 1)
+        mask = position < n_tokens + 2
         if not keep_sentence_boundaries:
-            layers, mask = [layer[:, 1:-1] for layer in layers], mask[:, 2:]  # lengths are with <S> and </S>
+            layers, mask = [layer[:, 1:-1] for layer in layers], position[:, :-2] < n_tokens
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
 
@@ -306,8 +312,8 @@ class Softmax(nn.Cell):
 
     def construct(self, y, target):
         """-log p(target) under the full softmax: y [n, projection], target int32 [n] -> [n]."""
-        some = max(1, self.max_logits // self.b.shape[0])  # positions
-        log_z = ops.concat([log_sum_exp(y[k:k + some], self.W, self.b) for k in range(0, y.shape[0], some)])
+        n = max(1, self.max_logits // self.b.shape[0])  # positions at once
+        log_z = ops.concat([log_sum_exp(y[k:k + n], self.W, self.b) for k in range(0, y.shape[0], n)])
         return log_z - (y * self.W[target]).sum(1) - self.b[target]
 
 
@@ -318,30 +324,34 @@ def draw_negatives(rng, n, n_classes):
     """-> n distinct classes, int64 [n], and how many draws it took to find them (as TensorFlow's
     log_uniform_candidate_sampler). n must not exceed n_classes.
 
-    A draw is log-uniform, P(k) = log((k + 2) / (k + 1)) / log(n_classes + 1): Zipf's law, where class k is the k-th
-    most frequent word.
+    A draw is log-uniform, P(k) = log((k + 2) / (k + 1)) / log(n_classes + 1): nearly Zipf's law, since vocabularies
+    begin with the most frequent words.
     """
     drawn = np.empty(0, np.int64)
     while True:
-        # By inversion: P(0) + ... + P(k) = log(k + 2) / log(n_classes + 1).
+        # P(0) + ... + P(k) = log(k + 2) / log(n_classes + 1). So for u uniform in [0, 1) the k to draw is the first
+        # with k + 2 > (n_classes + 1)^u, which is (n_classes + 1)^u rounded down, less 1.
         more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1
         drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
-        new = np.sort(np.unique(drawn, return_index=True)[1])  # where a class is drawn for the first time
+        new = np.sort(np.unique(drawn, return_index=True)[1])  # the draws, in order, that found a class not yet found
         if len(new) >= n:
             return drawn[new[:n]], int(new[n - 1]) + 1
 
 
 def log_expected_count(k, n_draws, n_classes):
     """log q(k) for classes k, an array: q(k) = 1 - (1 - P(k))^n_draws, P as in `draw_negatives`, is the probability
-    that class k is drawn. Repeated draws are dropped, so this is also how often it is expected among the negatives."""
+    that class k is among the negatives; since it is there at most once, that is its expected count, too."""
     p = np.log((k + 2) / (k + 1)) / np.log(n_classes + 1)
     return np.log(-np.expm1(n_draws * np.log1p(-p)))
 
 
 def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, not_drawn):
     """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit minus its
-    log q, and s_k are those of the negatives, each minus its own: this makes up for drawing frequent classes more
-    often (Jean et al., 2015).
+    log q, and s_k is a negative's logit minus its own log q.
+
+    Why minus log q: let the softmax that is trained give class k the probability p(k). Who knows only the set of target
+    and negatives, not which of them is the target, has by Bayes' rule for each class k of it a probability proportional
+    to p(k) / q(k) (if draws were independent). So this is the softmax over the set that belongs to p.
 
     y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
     not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
@@ -391,11 +401,13 @@ def layer_norm(h):
 
 
 class Elmo(nn.Cell):
-    """ELMo vectors as a layer of a task's network (section 3.3), with the arguments of AllenNLP's `Elmo`.
+    """ELMo vectors as a layer of a task's network, with the arguments of AllenNLP's `Elmo`. It is for the network to
+    "concatenate the ELMo vector ELMo_k^task with x_k", here its own embedding of the token, "and pass the ELMo enhanced
+    representation [x_k; ELMo_k^task] into the task RNN" (section 3.3).
 
     options_file, weight_file: see `BiLM`; num_output_representations: how many mixes of the layers, each with its own s
-    and γ; requires_grad: train the biLM too; do_layer_norm: see `layer_norm`; dropout: of the vectors, after
-    `set_train()`; vocab_to_cache: ignored; keep_sentence_boundaries: leave <S> and </S> in; scalar_mix_parameters:
+    and γ; requires_grad: train the biLM too; do_layer_norm: see `layer_norm`; dropout: of the vectors, in training mode
+    (`set_train()`); vocab_to_cache: ignored; keep_sentence_boundaries: leave <S> and </S> in; scalar_mix_parameters:
     fixed w for all mixes, for example [-9e10, -9e10, 1] for the top layer alone. Unlike AllenNLP's it keeps no state
     between calls.
     """
@@ -420,7 +432,7 @@ class Elmo(nn.Cell):
         """ids int [batch, tokens, 50] from `data.batch_to_ids` -> {'elmo_representations': one [batch, tokens,
         2 · projection] for each mix, 'mask': bool [batch, tokens]}; with sentence boundaries, tokens + 2."""
         layers, mask, _ = self.bilm(ids, None, self.keep_sentence_boundaries)
-        if not self.requires_grad:  # "we first freeze the weights of the biLM" (3.3); there is no backward pass then
+        if not self.requires_grad:  # "we first freeze the weights of the biLM" (3.3): no gradient goes into it
             layers = [ops.stop_gradient(layer) for layer in layers]
         return {"elmo_representations": [self.dropout(mix(layers)) for mix in self.scalar_mixes], "mask": mask}
 
@@ -432,9 +444,11 @@ class Batch(NamedTuple):
 
     Of the sentence "cats sleep" the forward direction reads <S> cats sleep and predicts cats sleep </S>, the backward
     one reads </S> sleep cats and predicts sleep cats <S>, both in the same time steps of the same stream: sentences
-    keep their order, each is reversed by itself (data.both_directions). Not all devices unstack bool: masks are uint8.
+    keep their order, each is reversed by itself. (bilm-tf's backward direction reads other text than its forward one.)
+    Each distinct word of the chunk is encoded once. Its characters stand in a tier for words of its length, of fixed
+    size, so that batches have the same shapes and short words take little time (data.fill_tiers).
     """
-    chars: np.ndarray           # int32 [rows, 50], the distinct words; short ones first (see data.fill_tiers)
+    chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers
     word_index: np.ndarray      # int32 [2, time, batch], which of them is read
     reset_state: np.ndarray     # uint8 [batch], 1 where the LSTMs of both directions begin from zero (see `make_loss`)
     target: np.ndarray          # int32 [2, n], the class to predict
@@ -442,21 +456,21 @@ class Batch(NamedTuple):
     target_log_q: np.ndarray    # float32 [2, n]
     negative_log_q: np.ndarray  # float32 [2, N]
     not_drawn: np.ndarray       # float32 [2, n], see `sampled_softmax`
-    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], or [0] without dropout
+    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], of dropout; empty without it
 
 
 def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
     """A chunk of text -> the `Batch` of a step. What is random depends on the seed and the step, so that a run can be
     resumed. All workers have the same negatives, so that they update the same rows of Θs (bilm-tf draws them for each
-    device); each has masks of its own."""
+    device); each has masks of its own. The 1 and the 2 beside the seed give negatives and masks different numbers."""
     o, target = options, chunk.target.reshape(2, -1)
     if o.sample_softmax:
         rng = np.random.default_rng([seed, step, 1])
-        samples = [draw_negatives(rng, o.n_negative_samples_batch, n_classes) for direction in (0, 1)]
+        samples = [draw_negatives(rng, o.n_negative_samples_batch, n_classes) for _ in range(2)]
         negatives = np.stack([classes for classes, _ in samples])
-        n_draws = np.array([[n] for _, n in samples])  # [2, 1]
+        n_draws = np.array([[count] for _, count in samples])  # [2, 1]
         target_log_q, negative_log_q = (log_expected_count(k, n_draws, n_classes) for k in (target, negatives))
-    else:  # the full softmax is the sampled one with every class drawn, for sure: q = 1
+    else:  # the full softmax is the sampled one with every class drawn, for sure: q = 1. For small vocabularies only
         negatives = np.tile(np.arange(n_classes), (2, 1))
         target_log_q, negative_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
     chars, word_index = fill_tiers(tiers, chunk.words, chunk.word_index)
@@ -484,19 +498,19 @@ def make_loss(bilm, tiers):
 
     "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1). So the
     loss is the mean of -(log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ...; Θx, ←Θ_LSTM, Θs)) / 2,
-    here with p of the sampled softmax.
+    here with p of the sampled softmax, unless `make_batch` made it the full one.
     """
     o = bilm.options
 
     def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target_rows, negative_rows, target_log_q,
                 negative_log_q, not_drawn, masks):
-        """W [rows, projection], b [rows]: of Θs, only those rows that the batch needs; target_rows [2, n],
-        negative_rows [2, N]: where in W the targets and the negatives stand; loss_scale: 1, or with float16 a number
-        that keeps gradients from underflow; the rest as in `Batch`."""
+        """W [rows, projection], b [rows]: not all of Θs, only rows for the classes that the batch names; target_rows
+        [2, n], negative_rows [2, N]: where in these rows the targets and the negatives are; loss_scale: 1, or with
+        float16 a number that keeps gradients from underflow; the rest as in `Batch`."""
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # bilm-tf never resets a state, so that its models hardly learn to begin from zero, as `Elmo` and `embed` do in
-        # each sentence. So here the state of a stream, of both directions, is set to zero where a chunk begins with a
-        # sentence. (One that begins within a chunk inherits the state of the one before.)
+        # bilm-tf never resets a state, so that its models hardly learn to begin from zero; but `Elmo` and `embed` begin
+        # each sentence from zero. So here the state of a stream, of both directions, is set to zero where a chunk
+        # happens to begin with a sentence. (One that begins within a chunk inherits the state of the one before.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
         outputs, state = bilm.contextualize(x, state, masks=masks)
@@ -519,32 +533,36 @@ def make_step(run, tiers):
         accumulators  Adagrad's sums of their squared gradients
         tables        Θs, the very W and b of its `Softmax`, and the accumulators of these two
         lstm_state    what the LSTMs hand on to the next chunk of their stream
+        loss_scaler   with float16, its scale
+
+    The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the classes that the
+    batch names change, as negatives or as targets. Their rows are copied out, updated, and written back. Shapes are
+    fixed, so a class that is named twice has two rows; but Adagrad must square the sum of its gradients (as in
+    TensorFlow's sparse updates). Therefore the loss reads just one of its rows, the last:
+        class  7 2 7 5    as named
+        row    0 1 2 3    copied out for it
+        place  2 1 2 3    read for it: the whole gradient of class 7 comes together in row 2
+    In the end each row is replaced by the one at its place, row 0 by row 2, and all are written back.
     """
     update = make_update(run, tiers)
 
     def step(batch):
         tensors = Batch(*map(Tensor, batch))
-        # Of Θs and its Adagrad accumulators only the rows of the batch's classes are read and written: those of the
-        # negatives and of all workers' targets. A graph that did it would copy the whole tables: so it is done outside.
-        classes = ops.concat((tensors.negatives.reshape(-1), run.workers.gather(tensors.target).reshape(-1)))
-        places = run.last_places(classes)  # where each one's class stands last: of classes 7 2 7 5, 2 1 2 3
-        touched = [ops.gather(table, classes, 0) for table in run.tables]  # W, b and their accumulators
-        loss, norm, run.lstm_state, touched = update(run.lstm_state, places, *touched, *tensors)
-        for table, new in zip(run.tables, touched):  # the rows of one class are equal now
-            ops.scatter_update(table, classes, new)
+        targets = run.workers.gather(tensors.target)  # [workers, 2, n]
+        classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
+        places = run.last_places(classes)
+        rows = [ops.gather(table, classes, 0) for table in run.tables]  # not in `update`: that would copy whole tables
+        loss, norm, run.lstm_state, rows = update(run.lstm_state, places, *rows, *tensors)
+        for table, new_rows in zip(run.tables, rows):
+            ops.scatter_update(table, classes, new_rows)
         return loss, norm
 
     return step
 
 
 def make_update(run, tiers):
-    """-> the computation of a training step as one static graph: loss, gradient, clipping, Adagrad.
-
-    W, b, W_sum and b_sum are rows of Θs and of its accumulators, one for each of `make_step`'s classes. A class may
-    have several, since a graph needs fixed shapes; but its gradient must be summed before Adagrad squares it, as in
-    TensorFlow. Of classes 7 2 7 5, rows 0 and 2 are both class 7: the loss reads row 2 for either (see `places`), so
-    that row 2 has the whole gradient; in the end row 2 is copied to row 0.
-    """
+    """-> the computation of a training step as one static graph: loss, gradient, clipping, Adagrad. Its W, b, W_sum and
+    b_sum are the rows that `make_step` copied out."""
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
     adagrad = ops.ApplyAdagrad()
@@ -554,23 +572,20 @@ def make_update(run, tiers):
     def update(state, places, W, b, W_sum, b_sum, chars, word_index, reset_state, target, negatives, *rest):
         # rest: target_log_q, negative_log_q, not_drawn, masks
         loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale_value
-        first = negatives.size + workers.rank * target.size  # after the negatives come each worker's targets
+        first = negatives.size + workers.rank * target.size  # of this worker's targets among the classes
         negative_rows = places[:negatives.size].reshape(2, -1)  # [2, N]
         target_rows = places[first:first + target.size].reshape(2, -1)  # [2, n]
         (loss, new_state), ((dW, db), grads) = gradient(W, b, state, loss_scale, chars, word_index, reset_state,
                                                         target_rows, negative_rows, *rest)
-        loss, dW, db, *grads = workers.mean((loss.reshape(1), dW, db, *grads))
-        # The gradient is that of unroll_steps · loss, the loss summed over time (bilm-tf), and is clipped by its norm
-        # over all parameters together.
-        loss, factor = loss[0] / loss_scale, o.unroll_steps / loss_scale
+        loss, dW, db, *grads = workers.mean((loss, dW, db, *grads))
+        # bilm-tf takes the gradient of unroll_steps · loss, the loss summed over time, and clips it by its norm over
+        # all parameters together: it multiplies it by min(1, limit / norm), which is limit / max(norm, limit).
+        loss, factor, limit = loss / loss_scale, o.unroll_steps / loss_scale, o.all_clip_norm_val
         norm = factor * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        # scale = factor · min(1, all_clip_norm_val / norm)
-        scale = factor * o.all_clip_norm_val / ops.maximum(norm, ops.full_like(norm, o.all_clip_norm_val))
-        if loss_scaler is not None:  # a step that overflows changes no weight and no state, only the loss scale
-            finite = ops.isfinite(norm)
-            loss_scaler.adjust(finite)
-            dW, db, *grads = [ops.where(finite, g, ops.zeros_like(g)) for g in (dW, db, *grads)]
-            scale, new_state = ops.where(finite, scale, 0.0), ops.where(finite, new_state, state)  # 0 · nan is nan
+        scale = factor * limit / ops.maximum(norm, limit)
+        if loss_scaler is not None:  # a step that overflows changes nothing but the loss scale (part 8)
+            new_state, scale, dW, db, *grads = unless_overflow(loss_scaler, norm, state, new_state, scale,
+                                                               [dW, db, *grads])
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
         for w, total, g in zip(weights, accumulators, grads):
             adagrad(w, total, o.learning_rate, scale * g)
@@ -591,7 +606,8 @@ def train(args):
         return
     print(f"{run.n_steps:,} steps of {run.tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-    tiers = measure_tiers(read_chunks(corpus, run.vocabulary, run.options, run.seed))  # of its first chunks
+    # Room for the words of a chunk, by the first chunks; fill_tiers adds room where one needs more.
+    tiers = measure_tiers(read_chunks(corpus, run.vocabulary, run.options, run.seed))
     step = make_step(run, tiers)
     perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, run.workers) if heldout else None
     batches = training_batches(run, corpus, tiers)
@@ -600,12 +616,13 @@ def train(args):
             loss, norm = step(batch)  # forward and backward, clipping, Adagrad
             run.step, run.position = run.step + 1, position
             run.losses.append((loss, norm))
-            epoch, is_best = bisect.bisect_left(run.epoch_ends, run.step) + 1, False
+            epoch = 1 + sum(end < run.step for end in run.epoch_ends)
             epoch_is_over = run.step in run.epoch_ends or run.step == run.n_steps
             log_is_due = epoch_is_over or run.step % args.log_every == 0
             if log_is_due:
                 run.log_loss(args.out, epoch)  # the sampled loss; waits for the device
-            if epoch_is_over:  # perplexities are over all words: higher than exp of the sampled loss
+            is_best = False
+            if epoch_is_over:  # perplexities are under the full softmax: higher than exp of the sampled loss
                 is_best = perplexity is None or run.log_and_compare(args.out, epoch, perplexity())
             # Several workers ask each other for signals only where they log, as asking takes time.
             stopping = (run.workers.size == 1 or log_is_due) and run.workers.sum([len(signals)])[0] > 0
@@ -623,7 +640,7 @@ def train(args):
 class Perplexities(NamedTuple):
     forward: float
     backward: float
-    average: float  # exp of the mean loss of both directions, as bilm-tf prints it; the paper's is 39.7 (section 3.4)
+    average: float  # exp of the mean loss of both directions (bilm-tf). The paper's "average" is 39.7 (section 3.4)
     predictions: int  # of each direction
 
     def __str__(self):
@@ -639,19 +656,21 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
 
     @compiled
     def losses(state, chars, word_index, target):
-        """-log p of a chunk's predictions, [2, time · batch]."""
+        """-> -log p of a chunk's predictions, [2, time · batch], and the new state."""
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
         outputs, state = bilm.contextualize(x, state)
         return ops.stack([softmax(layers[-1].reshape(-1, x.shape[-1]), target[direction].reshape(-1))
                           for direction, layers in enumerate(outputs)]), state
 
+    def inputs(chunk):
+        return (*fill_tiers(tiers, chunk.words, chunk.word_index), chunk.target), chunk.valid
+
     def perplexity():
-        # As in bilm-tf, and so that its perplexities compare, a stream's state is never reset. `valid` leaves out what
-        # is beyond the text's end.
+        # As in bilm-tf, with which the figure is to be compared, a stream's state is never reset here.
         total, n, state = np.zeros(2), 0, zero_state(bilm.options, bilm.options.batch_size)
-        for inputs, target, valid in prefetch(chunks(rank=workers.rank, size=workers.size), lambda chunk: (
-                fill_tiers(tiers, chunk.words, chunk.word_index), chunk.target, chunk.valid)):
-            loss, state = losses(state, *map(Tensor, inputs), Tensor(target))
+        for arrays, valid in prefetch(chunks(rank=workers.rank, size=workers.size), inputs):
+            loss, state = losses(state, *map(Tensor, arrays))
+            # `valid` leaves out what is beyond the text's end.
             total += loss.asnumpy().astype(np.float64)[:, valid.reshape(-1)].sum(1)
             n += int(valid.sum())
         *total, n = workers.sum([*total, n])
@@ -735,6 +754,15 @@ def random_masks(seed, shape, rate):
 
 def sum_of_squares(x):
     return ops.square(x.reshape(x.shape[0], -1)).sum(1).sum()  # one axis at a time: several are many times slower
+
+
+def unless_overflow(loss_scaler, norm, state, new_state, scale, gradients):
+    """For float16: where the gradients overflowed, lets a step change no weight and no state, only the loss scale ->
+    the new state, the scale of the gradients and these. (They become 0, too, because 0 · nan is nan.)"""
+    finite = ops.isfinite(norm)
+    loss_scaler.adjust(finite)
+    return [ops.where(finite, new_state, state), ops.where(finite, scale, 0.0),
+            *[ops.where(finite, g, ops.zeros_like(g)) for g in gradients]]
 
 
 class FastCharEncoder(CharEncoder):
@@ -954,7 +982,8 @@ VALID = {"n_highway": (0, 16), "char_dim": (1, 1024), "n_layers": (1, 16), "dim"
 
 
 def check_options(options):
-    """InputError where an option's value makes no sense."""
+    """InputError where an option's value makes no sense. (Both projections are always there; bilm-tf leaves out the
+    CNN's where it changes no size, and the LSTM's where it does not reduce.)"""
     for f in fields(Options):
         value, key = getattr(options, f.name), JSON_KEYS[f.name]
         if f.name == "filters":
