@@ -280,10 +280,9 @@ def finished(job):
 def in_the_background(request):
     """What other processes do for later tests begins at once, where such a test is selected."""
     selected = {name for item in request.session.items for name in item.fixturenames}
-    for name in ("two_workers", "resumed", "readme_programs"):
+    for name in ("two_workers", "resumed"):
         if name in selected:
-            with contextlib.suppress(pytest.skip.Exception):  # where h5py is not installed
-                request.getfixturevalue(name)
+            request.getfixturevalue(name)
 
 
 class FakeStep:
@@ -1487,23 +1486,31 @@ def test_two_workers_compute_what_one_does_that_reads_the_streams_of_both(text, 
 
 
 @pytest.mark.parametrize("amp, eps", [("float16", 2.0 ** -11), ("bfloat16", 2.0 ** -8)])
-def test_amp_rounds_what_is_multiplied_and_nothing_else_and_training_follows_float32(trained, tmp_path, amp, eps):
-    x, y = random(5, 64, seed=1), random(64, 7, seed=2)
-    product = elmo.make_matmul(amp)(Tensor(x), Tensor(y)).asnumpy()
-    error, bound = np.abs(product - x.astype(float) @ y), np.abs(x) @ np.abs(y)
-    assert product.dtype == np.float32 and eps / 100 < (error / bound).max() < 3 * eps
+def test_amp_rounds_what_is_multiplied_forward_and_backward_and_nothing_else(amp, eps):
+    x, y, dz = random(5, 64, seed=1), random(64, 7, seed=2), random(5, 7, seed=3)
+    matmul = elmo.make_matmul(amp)
+
+    def loss(x, y):
+        return (matmul(x, y) * Tensor(dz)).sum()
+    dx, dy = gradient_of(loss, (0, 1))(Tensor(x), Tensor(y))
+    for actual, a, b in ((matmul(Tensor(x), Tensor(y)), x, y), (dx, dz, y.T), (dy, x.T, dz)):
+        error, bound = np.abs(actual.asnumpy() - a.astype(float) @ b), np.abs(a) @ np.abs(b)
+        assert actual.dtype == ms.float32 and eps / 100 < (error / bound).max() < 3 * eps
     ids = batch_to_ids([["the", "cat", "sat"]])
     plain, half = (elmo.BiLM(options(), seed=1, amp=name)(ids)[0][-1].asnumpy() for name in (None, amp))
     assert half.dtype == np.float32 and 0 < np.abs(plain - half).max() < 100 * eps * np.abs(plain).max()
     with pytest.raises(ValueError, match="amp is 'int32'"):
         elmo.BiLM(options(), amp="int32")
+
+
+def test_training_in_float16_follows_training_in_float32(trained, tmp_path):
     model = tmp_path / "model"
-    succeed(*(arg for arg in training(trained, model, "--amp", amp) if "heldout" not in str(arg)))
+    succeed(*(arg for arg in training(trained, model, "--amp", "float16") if "heldout" not in str(arg)))
     losses, expected = ([float(row["loss"]) for row in read_log(folder)] for folder in (model, trained.model))
     close(losses, expected, 0.02)
     assert losses != expected
     assert "all steps are done" in succeed("--device", "CPU", "--out", model, "--resume")  # amp as it was
-    assert ("scale_value" in " ".join(load(elmo.checkpoints(str(model))[-1]))) == (amp == "float16")
+    assert "scale_value" in " ".join(load(elmo.checkpoints(str(model))[-1]))
 
 
 # ---- 15. Test: perplexity --------------------------------------------------------------------------------------------
@@ -2029,35 +2036,31 @@ def test_a_malformed_input_is_one_clear_line_and_changes_nothing(trained, bad, m
 README = Path(HERE, "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def readme_programs(files, tmp_path_factory):
-    """The Python programs of the README, run one after the other in a folder with what they read."""
-    folder, rng = tmp_path_factory.mktemp("readme"), np.random.default_rng(0)
-    (folder / "brown").mkdir()
-    (folder / "conll").mkdir()
+def test_the_programs_of_the_readme_are_short_and_run_as_written(files, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "brown").mkdir()
+    (tmp_path / "conll").mkdir()
     for path, name in ((files.options, "brown_options.json"), (files.weights, "brown.hdf5")):
-        shutil.copy(path, folder)
-        shutil.copy(path, folder / name)
+        shutil.copy(path, tmp_path)
+        shutil.copy(path, tmp_path / name)
     for name, n in (("train", 20), ("valid", 2), ("test", 2)):  # in place of CoNLL-2003
-        write(folder / "conll" / f"{name}.txt", "-DOCSTART- -X- -X- O\n\n" + n * (
+        write(tmp_path / "conll" / f"{name}.txt", "-DOCSTART- -X- -X- O\n\n" + n * (
             "EU NNP B-NP B-ORG\nleft VBD B-VP O\nNew NNP B-NP B-LOC\nYork NNP I-NP I-LOC\n. . O O\n\n"))
     for name, n in (("train_12k", 20), ("heldout", 2400)):  # in place of Brown and its vectors
         text = rng.choice(["play/nn", "play/vb-hl", "the/at", "1\\/2/cd", "new/jj"], (n, 40))
-        write(folder / "brown" / f"{name}.tagged", "\n".join(map(" ".join, text)))
-        write(folder / f"{name}.txt", "\n".join(" ".join(t.rpartition("/")[0] for t in line) for line in text))
-        elmo.write_arrays(str(folder / f"{name}.npz"), ((str(k), rng.normal(size=(3, 40, 6))) for k in range(n)))
-    for k, program in enumerate(re.findall(r"```python\n(.*?)```", README, re.DOTALL)):
-        write(folder / f"program{k}.py", program)
-    command = 'for program in program*; do "$0" $program --epochs 1 >$program.out || exit 1; done'
-    yield from started(["sh", "-c", command, sys.executable], folder, {**os.environ, "PYTHONPATH": HERE})
-
-
-def test_the_programs_of_the_readme_are_short_and_run_as_written(readme_programs):
-    finished(readme_programs)
-    programs = [path.read_text() for path in readme_programs.folder.glob("*.py")]
-    outputs = [path.read_text() for path in readme_programs.folder.glob("*.py.out")]
-    assert len(outputs) == len(programs) >= 3 and all(outputs) and "Classifier" in "".join(programs)
+        write(tmp_path / "brown" / f"{name}.tagged", "\n".join(map(" ".join, text)))
+        write(tmp_path / f"{name}.txt", "\n".join(" ".join(t.rpartition("/")[0] for t in line) for line in text))
+        elmo.write_arrays(str(tmp_path / f"{name}.npz"), ((str(k), rng.normal(size=(3, 40, 6))) for k in range(n)))
+    programs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(programs) >= 3 and "Classifier" in "".join(programs)
     assert all(program.count("\n") <= (25 if "Classifier" in program else 90) for program in programs)
+    running = [subprocess.Popen(
+        [sys.executable, write(tmp_path / f"program{k}.py", program), "--epochs", "1"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": HERE})
+               for k, program in enumerate(programs)]
+    for process in running:
+        out, errors = process.communicate()
+        assert process.returncode == 0 and out, errors.decode()
 
 
 def test_the_commands_of_the_readme_are_understood():
