@@ -1411,6 +1411,15 @@ def test_of_the_checkpoints_the_last_whole_one_is_taken_and_each_damaged_one_is_
     write("step-101.npz", content.replace(b"run/trained_with", b"run/another_note"))
     resumed.resume(".")
     assert newest.stem == f"step-{resumed.step}" and capsys.readouterr().out == ""
+    # Of several workers, each takes its own place in the text.
+    arrays = load(older)
+    for name in ("run/positions", "run/lstm_states"):
+        arrays[name] = np.stack((arrays[name][0], arrays[name][0] + 1))
+    elmo.write_arrays("step-102.npz", arrays.items())
+    second = elmo.Run(text.options, text.vocabulary, workers=types.SimpleNamespace(rank=1, size=2))
+    second.resume(".")
+    assert (second.position == arrays["run/positions"][1]).all()
+    close(second.lstm_state, arrays["run/lstm_states"][1], 0)
 
 
 def test_a_large_array_with_a_damaged_header_is_not_read_from_the_wrong_place(tmp_path):
@@ -1797,6 +1806,9 @@ def test_a_program_that_is_stopped_or_lacks_memory_or_disk_is_one_line_and_clean
         raise error
     write("a.txt", "the cat\n")
     os.symlink(trained.model, "model")
+    killed(monkeypatch, os, "replace", 2, "--input", "a.txt", program=data)  # when the first of two files is in place
+    assert not os.path.exists("train.mindrecord")  # which is the one that is not opened
+    os.remove("train.mindrecord.db")
     before = tree(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: FullDisk)
     line = fail("--input", "a.txt", program=data)
