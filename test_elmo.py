@@ -1491,6 +1491,12 @@ def test_two_workers_compute_what_one_does_that_reads_the_streams_of_both(text, 
     close(float(rows[-1]["heldout_average"]), np.exp(np.average(np.log(averages), weights=n)), 1e-3)
 
 
+def test_sums_over_workers_have_more_digits_than_float32():
+    workers = elmo.Workers()
+    workers.size, workers.all_reduce = 2, lambda x: 2 * x  # as if another worker had the same numbers
+    close(np.array(workers.sum([2.0 ** 25 + 1, 0.1])), [2.0 ** 26 + 2, 0.2], 1e-7)
+
+
 # ---- 14. Half precision ----------------------------------------------------------------------------------------------
 
 
