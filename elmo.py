@@ -76,7 +76,7 @@ class Options:
     cell_clip: float = 3.0               # the cell state c of an LSTM stays within ± this,
     proj_clip: float = 3.0               # and its output h within ± this
     dropout: float = 0.1                 # of the input of each LSTM layer and of the last one's output
-    batch_size: int = 128                # streams of text, read side by side
+    batch_size: int = 128                # streams of text, read side by side by each device
     unroll_steps: int = 20               # tokens of each stream in a training step; gradients stop there, states do not
     sample_softmax: bool = True          # False: train with the full softmax
     n_negative_samples_batch: int = 8192
@@ -445,8 +445,8 @@ class Batch(NamedTuple):
     Of the sentence "cats sleep" the forward direction reads <S> cats sleep and predicts cats sleep </S>, the backward
     one reads </S> sleep cats and predicts sleep cats <S>, both in the same time steps of the same stream: sentences
     keep their order, each is reversed by itself. (bilm-tf's backward direction reads other text than its forward one.)
-    Each distinct word of the chunk is encoded once. Its characters stand in a tier for words of its length, of fixed
-    size, so that batches have the same shapes and short words take little time (data.fill_tiers).
+    Each distinct word of the chunk is encoded once. There is room for a number of words of each of a few lengths, the
+    tiers, so that nearly all batches have the same shapes and short words take little time (data.fill_tiers).
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers
     word_index: np.ndarray      # int32 [2, time, batch], which of them is read
@@ -606,7 +606,8 @@ def train(args):
         return
     print(f"{run.n_steps:,} steps of {run.tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-    # Room for the words of a chunk, by the first chunks; fill_tiers adds room where one needs more.
+    # Room for the words of a chunk, by the first chunks. One that needs more gets it (fill_tiers), at the cost of a
+    # compilation for its shape.
     tiers = measure_tiers(read_chunks(corpus, run.vocabulary, run.options, run.seed))
     step = make_step(run, tiers)
     perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, run.workers) if heldout else None
