@@ -80,7 +80,7 @@ class Options:
     unroll_steps: int = 20               # tokens of each stream in a training step; gradients stop there, states do not
     sample_softmax: bool = True          # False: train with the full softmax
     n_negative_samples_batch: int = 8192
-    all_clip_norm_val: float = 10.0      # limit of the gradient's global norm
+    all_clip_norm_val: float = 10.0      # limit of the norm of unroll_steps · the gradient
     learning_rate: float = 0.2           # of Adagrad
     n_tokens_vocab: int = 0              # the vocabulary file decides
 
@@ -351,7 +351,7 @@ def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, no
 
     Why minus log q: let the softmax that is trained give class k the probability p(k). Who knows only the set of target
     and negatives, not which of them is the target, has by Bayes' rule for each class k of it a probability proportional
-    to p(k) / q(k) (if draws were independent). So this is the softmax over the set that belongs to p.
+    to p(k) / q(k) (if draws were independent): the softmax, over the set, of the logits less log q.
 
     y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
     not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
@@ -456,7 +456,7 @@ class Batch(NamedTuple):
     target_log_q: np.ndarray    # float32 [2, n]
     negative_log_q: np.ndarray  # float32 [2, N]
     not_drawn: np.ndarray       # float32 [2, n], see `sampled_softmax`
-    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], of dropout; empty without it
+    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], of dropout; empty without it. (Not all devices unstack bool)
 
 
 def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
@@ -542,7 +542,8 @@ def make_step(run, tiers):
         class  7 2 7 5    as named
         row    0 1 2 3    copied out for it
         place  2 1 2 3    read for it: the whole gradient of class 7 comes together in row 2
-    In the end each row is replaced by the one at its place, row 0 by row 2, and all are written back.
+    In the end each row is replaced by the one at its place, row 0 by row 2, so that the rows of a class are equal,
+    whichever of them is written back last. All workers have the same classes, and so average dW row by row.
     """
     update = make_update(run, tiers)
 
