@@ -446,7 +446,8 @@ class Batch(NamedTuple):
     one reads </S> sleep cats and predicts sleep cats <S>, both in the same time steps of the same stream: sentences
     keep their order, each is reversed by itself. (bilm-tf's backward direction reads other text than its forward one.)
     Each distinct word of the chunk is encoded once. There is room for a number of words of each of a few lengths, the
-    tiers, so that nearly all batches have the same shapes and short words take little time (data.fill_tiers).
+    tiers, so that nearly all batches have the same shapes and short words take little time (data.fill_tiers). Masks and
+    reset_state are uint8 since not all devices unstack bool.
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers
     word_index: np.ndarray      # int32 [2, time, batch], which of them is read
@@ -456,7 +457,7 @@ class Batch(NamedTuple):
     target_log_q: np.ndarray    # float32 [2, n]
     negative_log_q: np.ndarray  # float32 [2, N]
     not_drawn: np.ndarray       # float32 [2, n], see `sampled_softmax`
-    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], of dropout; empty without it. (Not all devices unstack bool)
+    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], of dropout; empty without it
 
 
 def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
