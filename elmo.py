@@ -495,7 +495,7 @@ def training_batches(run, corpus, tiers):
 
 
 def make_loss(bilm, tiers):
-    """-> the function that computes the loss of a batch, and the LSTMs' state after it.
+    """-> the function that computes, of a batch, the loss times loss_scale; the loss; and the LSTMs' state after it.
 
     "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1). So the
     loss is the mean of -(log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ...; Θx, ←Θ_LSTM, Θs)) / 2,
@@ -520,14 +520,14 @@ def make_loss(bilm, tiers):
             y = drop(outputs[d][-1], masks[-1][d], o.dropout) if o.dropout else outputs[d][-1]
             loss += sampled_softmax(y.reshape(-1, o.projection), W, b, target_rows[d], negative_rows[d],
                                     target_log_q[d], negative_log_q[d], not_drawn[d]) / 2
-        return loss_scale * loss, state
+        return loss_scale * loss, loss, state
 
     return loss_of
 
 
 def make_step(run, tiers):
-    """-> a function that does one training step with a `Batch` and returns its loss and its gradient's norm, tensors
-    that the device may still be computing.
+    """-> a function that does one training step with a `Batch` (loss, gradient, clipping, Adagrad) and returns the loss
+    and the gradient's norm, tensors that the device may still be computing.
 
     It changes, of the `Run` (part 11),
         bilm          the weights of character CNN and LSTMs
@@ -537,9 +537,9 @@ def make_step(run, tiers):
         loss_scaler   with float16, its scale
 
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the classes that the
-    batch names change, as negatives or as targets. Their rows are copied out, updated, and written back. Shapes are
-    fixed, so a class that is named twice has two rows; but Adagrad must square the sum of its gradients (as in
-    TensorFlow's sparse updates). Therefore the loss reads just one of its rows, the last:
+    batch names change, as negatives or as targets. Their rows are copied out, updated (`make_update`), and written
+    back. Shapes are fixed, so a class that is named twice has two rows; but Adagrad must square the sum of its
+    gradients (as in TensorFlow's sparse updates). Therefore the loss reads just one of its rows, the last:
         class  7 2 7 5    as named
         row    0 1 2 3    copied out for it
         place  2 1 2 3    read for it: the whole gradient of class 7 comes together in row 2
@@ -564,7 +564,8 @@ def make_step(run, tiers):
 
 def make_update(run, tiers):
     """-> the computation of a training step as one static graph: loss, gradient, clipping, Adagrad. Its W, b, W_sum and
-    b_sum are the rows that `make_step` copied out."""
+    b_sum are the rows that `make_step` copied out, dW and db the gradients by W and b; `grads` are those by the biLM's
+    weights."""
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
     adagrad = ops.ApplyAdagrad()
@@ -577,23 +578,21 @@ def make_update(run, tiers):
         first = negatives.size + workers.rank * target.size  # of this worker's targets among the classes
         negative_rows = places[:negatives.size].reshape(2, -1)  # [2, N]
         target_rows = places[first:first + target.size].reshape(2, -1)  # [2, n]
-        (loss, new_state), ((dW, db), grads) = gradient(W, b, state, loss_scale, chars, word_index, reset_state,
-                                                        target_rows, negative_rows, *rest)
+        (_, loss, new_state), ((dW, db), grads) = gradient(
+            W, b, state, loss_scale, chars, word_index, reset_state, target_rows, negative_rows, *rest)
         loss, dW, db, *grads = workers.mean((loss, dW, db, *grads))
-        # bilm-tf takes the gradient of unroll_steps · loss, the loss summed over time, and clips it by its norm over
-        # all parameters together: it multiplies it by min(1, limit / norm), which is limit / max(norm, limit).
-        loss, factor, limit = loss / loss_scale, o.unroll_steps / loss_scale, o.all_clip_norm_val
-        norm = factor * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        scale = factor * limit / ops.maximum(norm, limit)
-        if loss_scaler is not None:  # a step that overflows changes nothing but the loss scale (part 8)
-            new_state, scale, dW, db, *grads = unless_overflow(loss_scaler, norm, state, new_state, scale,
-                                                               [dW, db, *grads])
+        # bilm-tf derives the loss summed over time, so its gradients are unroll_steps · g; it clips them by their norm
+        # over all parameters together, to unroll_steps · g · min(1, limit / norm).
+        norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
+        if loss_scaler is not None:  # a step that overflows changes nothing but the scale (part 8)
+            norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
+        scale = o.unroll_steps * ops.minimum(o.all_clip_norm_val / norm, 1.0)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
         for w, total, g in zip(weights, accumulators, grads):
             adagrad(w, total, o.learning_rate, scale * g)
-        W_sum, b_sum = W_sum + ops.square(scale * dW), b_sum + ops.square(scale * db)
-        W = W - o.learning_rate * scale * dW / ops.sqrt(W_sum)
-        b = b - o.learning_rate * scale * db / ops.sqrt(b_sum)
+        dW, db = scale * dW, scale * db
+        W_sum, b_sum = W_sum + ops.square(dW), b_sum + ops.square(db)
+        W, b = W - o.learning_rate * dW / ops.sqrt(W_sum), b - o.learning_rate * db / ops.sqrt(b_sum)
         return loss, norm, new_state, [ops.gather(x, places, 0) for x in (W, b, W_sum, b_sum)]
 
     return update
@@ -759,13 +758,14 @@ def sum_of_squares(x):
     return ops.square(x.reshape(x.shape[0], -1)).sum(1).sum()  # one axis at a time: several are many times slower
 
 
-def unless_overflow(loss_scaler, norm, state, new_state, scale, gradients):
-    """For float16: where the gradients overflowed, lets a step change no weight and no state, only the loss scale ->
-    the new state, the scale of the gradients and these. (They become 0, too, because 0 · nan is nan.)"""
-    finite = ops.isfinite(norm)
+def undo_loss_scale(loss_scaler, norm, state, new_state, gradients):
+    """For float16 -> the norm without the loss scale, the new state, the gradients without the scale. Where these
+    overflowed the norm is infinite, the state the old one and the gradients are 0, so that the scale alone changes."""
+    finite, scale = ops.isfinite(norm), loss_scaler.scale_value
+    results = [ops.where(finite, norm / scale, math.inf), ops.where(finite, new_state, state),
+               *[ops.where(finite, g / scale, ops.zeros_like(g)) for g in gradients]]
     loss_scaler.adjust(finite)
-    return [ops.where(finite, new_state, state), ops.where(finite, scale, 0.0),
-            *[ops.where(finite, g, ops.zeros_like(g)) for g in gradients]]
+    return results
 
 
 class FastCharEncoder(CharEncoder):

@@ -47,15 +47,11 @@ FIXTURE = os.path.join(HERE, "..", "shared", "allennlp_fixture")
 
 # ---- Set-up that tests share -----------------------------------------------------------------------------------------
 
-
-def write(path, text):
-    """Writes text (str or bytes) to a path; returns the path as a str."""
-    Path(path).write_bytes(text if isinstance(text, bytes) else text.encode())
+def write(path, content):
+    """Writes str, bytes, or JSON of a dictionary to a path; returns the path as a str."""
+    content = json.dumps(content, indent=1) if isinstance(content, dict) else content  # as elmo.py does
+    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
-
-
-def write_json(path, content):
-    write(path, json.dumps(content, indent=1))
 
 
 def tree(folder):
@@ -142,8 +138,7 @@ def fail(*argv, program=elmo):
     return errors
 
 
-def convert(*argv):
-    return succeed(*argv, program=data)
+convert = functools.partial(succeed, program=data)
 
 
 def load(path):
@@ -166,7 +161,7 @@ def text(tmp_path_factory):
     convert("--input", folder / "text.txt", "--output", folder / "train.mindrecord", "--vocab", folder / "vocab",
             "--build-vocab", "--min-count", 2, "--heldout", folder / "heldout.mindrecord", "--heldout-share", 0.1)
     o = options(dropout=0.1, batch_size=8, unroll_steps=3, n_epochs=EPOCHS)
-    write_json(str(folder / "options.json"), elmo.as_json(o))
+    write(folder / "options.json", elmo.as_json(o))
     corpus, heldout = (data.Corpus(str(folder / f"{name}.mindrecord")) for name in ("train", "heldout"))
     n_predictions = corpus.tokens + corpus.sentences
     return types.SimpleNamespace(folder=folder, options=o, vocabulary=Vocabulary(str(folder / "vocab")), corpus=corpus,
@@ -188,12 +183,7 @@ def trained(text):
 
     def counting(*args):
         step = make_step(*args)
-
-        def counted(batch):
-            result = step(batch)
-            graphs.append(compiled_graphs())
-            return result
-        return counted
+        return lambda batch: (step(batch), graphs.append(compiled_graphs()))[0]
 
     def copying(self, *args):
         save(self, *args)
@@ -220,15 +210,10 @@ def exported(trained, h5py):
 
 
 @pytest.fixture(scope="module")
-def trained_bilm(trained, exported):
-    return elmo.BiLM(trained.folder / "elmo_options.json", exported)
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory, h5py):
     """A tiny model's options and weights in the published format, without a softmax, and the model."""
     folder, bilm = tmp_path_factory.mktemp("published"), randomize(elmo.BiLM(options()), 3)
-    write_json(str(folder / "options.json"), elmo.as_json(bilm.options))
+    write(folder / "options.json", elmo.as_json(bilm.options))
     with h5py.File(folder / "weights.hdf5", "w") as file:
         for name, array in weights(bilm).items():
             file[name] = array.astype(np.float32)
@@ -252,7 +237,7 @@ def resumed(trained):
 def two_workers(text, tmp_path_factory):
     """15 steps of training by two workers that msrun starts, without dropout."""
     folder, programs = tmp_path_factory.mktemp("two_workers"), os.path.dirname(sys.executable)
-    write_json(str(folder / "options.json"), elmo.as_json(replace(text.options, dropout=0.0, batch_size=4)))
+    write(folder / "options.json", elmo.as_json(replace(text.options, dropout=0.0, batch_size=4)))
     environment = {**os.environ, "PATH": programs + os.pathsep + os.environ["PATH"]}  # msrun's `python` is ours
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
@@ -304,26 +289,30 @@ class FakePerplexity:
     """In place of the perplexity, which is compiled: the weights decide it."""
     seen = []
 
-    def __init__(self, bilm, softmax, vocabulary, corpus, workers):
-        self.bilm, self.softmax = bilm, softmax
+    def __init__(self, bilm, softmax, *_):
+        self.cells = bilm, softmax
 
     def __call__(self):
-        w = weights(self.bilm, self.softmax)
-        self.seen.append(w)
-        average = 2 + abs(sum(float(array.sum()) for array in w.values())) % 1
-        return elmo.Perplexities(2.0, 2.0, average, 7)
+        self.seen.append(weights(*self.cells))
+        return elmo.Perplexities(2.0, 2.0, 2 + abs(sum(map(np.sum, self.seen[-1].values()))).item() % 1, 7)
 
 
-class FakeEmbedder:
-    """In place of the embedder: zeros, and the sentences that it was asked for."""
-    seen = []
+def fake_embedder(bilm):
+    """In place of the embedder: zeros."""
+    return lambda sentences: [np.zeros((3, len(words), 10), np.float32) for words in sentences]
 
-    def __init__(self, bilm):
-        self.bilm = bilm
 
-    def __call__(self, sentences):
-        self.seen.extend(sentences)
-        return [np.zeros((3, len(words), 10), np.float32) for words in sentences]
+def use_fakes(monkeypatch):
+    for name, fake in dict(make_step=FakeStep, make_perplexity=FakePerplexity, Embedder=fake_embedder).items():
+        monkeypatch.setattr(elmo, name, fake)
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Nothing is compiled in this test, which works in an empty folder."""
+    use_fakes(monkeypatch)
+    monkeypatch.setattr(FakePerplexity, "seen", [])
+    monkeypatch.chdir(tmp_path)
 
 
 class Killed(BaseException):
@@ -344,19 +333,7 @@ def killed(monkeypatch, place, name, times, *command, program=elmo):
             run(*command, program=program)
 
 
-@pytest.fixture
-def fake(monkeypatch, tmp_path):
-    """Nothing is compiled in this test, which works in an empty folder."""
-    monkeypatch.setattr(elmo, "make_step", FakeStep)
-    monkeypatch.setattr(elmo, "make_perplexity", FakePerplexity)
-    monkeypatch.setattr(elmo, "Embedder", FakeEmbedder)
-    monkeypatch.setattr(FakePerplexity, "seen", [])
-    monkeypatch.setattr(FakeEmbedder, "seen", [])
-    monkeypatch.chdir(tmp_path)
-
-
 # ---- The model once more, in plain numpy: one word, one time step after the other, in float64 ------------------------
-
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
@@ -469,13 +446,6 @@ def letters(*words):
 
 # ---- 1. Options (section 3.4) ----------------------------------------------------------------------------------------
 
-
-PUBLISHED = {"char_cnn": {"filters": [[1, 3], [2, 4], [3, 5]], "embedding": {"dim": 4}, "activation": "relu",
-                          "n_highway": 1, "n_characters": 262, "max_characters_per_token": 50},
-             "lstm": {"dim": 7, "projection_dim": 5, "n_layers": 2, "use_skip_connections": True, "cell_clip": 3,
-                      "proj_clip": 3}}  # what AllenNLP's option files hold
-
-
 def test_the_default_is_the_papers_model_and_the_named_sizes_are_the_published_ones():
     paper = elmo.Options(
         filters=((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024)), n_highway=2, char_dim=16,
@@ -488,10 +458,16 @@ def test_the_default_is_the_papers_model_and_the_named_sizes_are_the_published_o
 
 
 def test_what_an_options_file_lacks_takes_the_papers_values_and_keys_that_mean_nothing_here_are_named(tmp_path, capsys):
+    cnn = {"filters": [[1, 3], [2, 4], [3, 5]], "embedding": {"dim": 4}, "activation": "relu", "n_highway": 1,
+           "n_characters": 262, "max_characters_per_token": 50}
+    published = {"char_cnn": cnn, "lstm": {"dim": 7, "projection_dim": 5, "n_layers": 2, "use_skip_connections": True,
+                                           "cell_clip": 3, "proj_clip": 3}}  # what AllenNLP's option files hold
     expected = replace(elmo.Options(), filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5)
-    for content, message in ((PUBLISHED, ""), ({**PUBLISHED, "bidirectional": True}, ""), (elmo.as_json(expected), ""),
-                             ({**PUBLISHED, "lr": 5, "x": {"y": 1}}, "ignores lr, x.y")):
-        path = write(tmp_path / "options.json", "\ufeff" + json.dumps(content))
+    del (unsaid := dict(cnn))["n_characters"]  # 261, 262 and no number of characters mean the same
+    for more, message in (({}, ""), ({"bidirectional": True}, ""), ({"char_cnn": unsaid}, ""), (
+            {"char_cnn": {**cnn, "n_characters": 261}}, ""), (elmo.as_json(expected), ""),
+                          ({"lr": 5, "x": {"y": 1}}, "ignores lr, x.y")):
+        path = write(tmp_path / "options.json", "\ufeff" + json.dumps({**published, **more}))
         assert elmo.read_options(path) == expected
         assert capsys.readouterr().err == (f"{path}: {message}\n" if message else "")
 
@@ -503,7 +479,6 @@ def test_an_option_that_makes_no_sense_is_a_value_error_in_python_too():
 
 
 # ---- 2. Character CNN (sections 3.1 and 3.4) -------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("activation, n_highway, filters", [
     ("tanh", 2, ((2, 4), (7, 6), (5, 3))),  # not by width
@@ -569,7 +544,6 @@ def test_the_gradient_of_the_maximum_goes_to_one_position_where_several_are_equa
 
 # ---- 3. LSTM with projection -----------------------------------------------------------------------------------------
 
-
 def arrays(tensors):
     return np.array([tensor.asnumpy() for tensor in tensors])
 
@@ -599,7 +573,6 @@ def test_the_lstm_and_its_gradient_equal_numpy_where_it_is_clipped_and_where_not
 
 
 # ---- 4. Bidirectional language model (section 3.1) -------------------------------------------------------------------
-
 
 RAGGED = [["The", "cat", "sat", "."], ["one"], [], ["naïve", "日本語", "z" * 60], ["a", "a", "a", "a", "a", "b"]]
 
@@ -646,18 +619,6 @@ def test_the_gradient_of_a_ragged_batch_is_that_of_each_sentence_alone_and_the_s
     assert all(np.abs(gradient).max() > 1e-3 for gradient in expected.values())
 
 
-@pytest.mark.parametrize("use_skip_connections", [True, False])
-def test_dropout_drops_the_input_of_each_layer_and_the_residual_adds_what_is_left(use_skip_connections):
-    o = options(dropout=0.4, use_skip_connections=use_skip_connections)
-    bilm, x = randomize(elmo.BiLM(o)), random(2, 4, 3, o.projection)
-    keep = np.random.default_rng(0).random((3, 2, 4, 3, o.projection)) > o.dropout
-    outputs, _ = bilm.contextualize(Tensor(x), elmo.zero_state(o, 3), masks=Tensor(keep.view(np.uint8)))
-    for d in (0, 1):
-        expected, _ = numpy_direction(x[d], weights(bilm), d, o, keep=keep[:, d])
-        close(arrays(outputs[d]), expected)
-        assert np.abs(expected[1] - numpy_direction(x[d], weights(bilm), d, o)[0][1]).max() > 0.1
-
-
 def test_weights_begin_with_the_values_of_bilm_tf():
     o, cell = replace(elmo.SIZES["tiny"], n_highway=2), "RNN_1/RNN/MultiRNNCell/Cell1/LSTMCell/"
     w = weights(elmo.BiLM(o), elmo.Softmax(5000, 64))
@@ -676,7 +637,6 @@ def test_weights_begin_with_the_values_of_bilm_tf():
 
 
 # ---- 5. Softmax, full and sampled ------------------------------------------------------------------------------------
-
 
 def test_the_full_and_the_sampled_softmax_equal_numpy_and_accidental_hits_are_left_out_and_nothing_overflows():
     softmax, target = randomize(elmo.Softmax(12, 5)), np.array([0, 3, 7, 7, 5, 11, 4], np.int32)
@@ -725,7 +685,6 @@ def test_drawn_classes_are_distinct_and_the_draws_are_counted():
 
 
 # ---- 6. ELMo, a layer of a task's network (sections 3.2 and 3.3) -----------------------------------------------------
-
 
 def test_the_scalar_mix_is_equation_1_with_each_tokens_mean_0_and_variance_1_where_that_is_asked_for():
     layers, w = random(3, 2, 4, 6), np.array([0.5, -1, 2])
@@ -821,7 +780,6 @@ def test_gradients_reach_the_mix_and_the_bilm_if_that_is_asked_for_and_a_compile
 
 # ---- 7. Published weights --------------------------------------------------------------------------------------------
 
-
 @pytest.mark.skipif(not os.path.exists(FIXTURE), reason=f"{FIXTURE} is not there: it is no part of this repository")
 def test_allennlps_fixture_ten_rows_of_text_whose_states_are_carried_and_its_first_from_a_fresh_start(h5py):
     folder = Path(FIXTURE)
@@ -837,17 +795,6 @@ def test_allennlps_fixture_ten_rows_of_text_whose_states_are_carried_and_its_fir
             close(vectors[:len(words)], np.hstack(file[str(n)][...]))  # forward beside backward
     for file, layers in zip(expected, elmo.Embedder(bilm)(rows[0])):
         close(layers[2], np.hstack(file["0"][...]))
-
-
-def test_261_262_and_no_number_of_characters_mean_the_same(files, tmp_path):
-    content = json.loads(Path(files.options).read_text())
-    del content["char_cnn"]["n_characters"]
-    for n_characters in ({}, {"n_characters": 261}, {"n_characters": 262}):
-        content["char_cnn"].update(n_characters)
-        write_json(tmp_path / "options.json", content)
-        bilm = elmo.BiLM(tmp_path / "options.json", files.weights)
-        assert bilm.options == files.bilm.options
-        np.testing.assert_equal(weights(bilm), weights(files.bilm))
 
 
 def test_an_export_holds_the_published_names_and_shapes_and_the_best_weights(trained, exported, h5py):
@@ -899,7 +846,6 @@ def test_a_missing_h5py_is_told_with_its_remedy(monkeypatch):
 
 # ---- 8. Characters and vocabulary ------------------------------------------------------------------------------------
 
-
 def test_character_ids_are_those_of_bilm_tf_plus_1_bytes_between_the_marks_of_a_word_cut_to_48():
     for word, ids in {
             "th": [258, 116, 104, 259], "<S>": [258, 256, 259], "</S>": [258, 257, 259], "": [258, 259],
@@ -933,7 +879,6 @@ def test_vocabulary_reads_any_line_ends_and_a_byte_order_mark(folder):
 
 
 # ---- 9. The stream of training batches -------------------------------------------------------------------------------
-
 
 VOCABULARY = [*SPECIAL, "the", "of", "a", "cat", "dog", "sat", "on", "mat", "."]
 
@@ -1111,7 +1056,6 @@ def test_a_few_items_are_prefetched_side_by_side_and_come_in_their_order_as_do_e
 
 # ---- 10. Training, step by step against numpy ------------------------------------------------------------------------
 
-
 def numpy_training_loss(w, o, chunk, batch, state):
     """The loss of a chunk and the LSTMs' state after it. Of the batch only what is random is used."""
     x = numpy_encoder(np.array([char_ids(word) for word in chunk.words]), w, o)[chunk.word_index]
@@ -1188,10 +1132,10 @@ def test_ten_steps_with_the_full_softmax_equal_numpy_in_every_weight(monkeypatch
 def test_steps_with_negatives_dropout_and_a_loss_scale_equal_numpy_in_every_weight(monkeypatch):
     o = tiny_options(n_negative_samples_batch=3, dropout=0.3, all_clip_norm_val=1.7)
     run = elmo.Run(o, vocabulary_of(*SPECIAL, "the", "cat", "sat", "dog", *(f"r{k}" for k in range(17))))
-    run.loss_scaler = ms.amp.DynamicLossScaler(1024, 2, 1000)  # as float16 has it; the gradient is divided by it again
+    run.loss_scaler = ms.amp.DynamicLossScaler(1024, 2, 2)  # as float16 has it; doubled after two finite steps
     step, batch = check_trajectory(run, 4, monkeypatch)
     before, (_, norm) = values_of(run), step(batch._replace(negative_log_q=batch.negative_log_q * np.float32(np.nan)))
-    assert not np.isfinite(norm.asnumpy()) and run.loss_scaler.scale_value.asnumpy() == 512
+    assert not np.isfinite(norm.asnumpy()) and run.loss_scaler.scale_value.asnumpy() == 2048  # half of 1024 · 2 · 2
     assert all((array == before[name]).all() for name, array in values_of(run).items())  # the scale alone changes
     _, norm = step(batch)
     assert np.isfinite(norm.asnumpy()) and any((array != before[name]).any() for name, array in values_of(run).items())
@@ -1204,7 +1148,6 @@ def test_a_class_that_occurs_more_than_once_has_one_row_its_last():
 
 
 # ---- 11. A run: its log, its folder, its checkpoints -----------------------------------------------------------------
-
 
 def read_log(folder):
     return list(csv.DictReader(Path(folder, "log.csv").read_text(encoding="utf-8").splitlines()))
@@ -1287,7 +1230,6 @@ def test_the_logged_loss_is_the_mean_since_the_last_line_of_steps_that_did_not_o
 
 # ---- 12. Exact resume ------------------------------------------------------------------------------------------------
 
-
 def same_runs(a, b):
     """Whether two runs' folders hold the same checkpoints, bit by bit, and the same log but for the speeds."""
     def content(folder):
@@ -1308,8 +1250,7 @@ def uninterrupted(text, tmp_path_factory):
     """The folder of a run with steps that are not compiled, from begin to end."""
     out = tmp_path_factory.mktemp("uninterrupted") / "model"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elmo, "make_step", FakeStep)
-        patch.setattr(elmo, "make_perplexity", FakePerplexity)
+        use_fakes(patch)
         succeed(*training(text, out))
     return out
 
@@ -1377,7 +1318,7 @@ def test_resuming_takes_what_the_command_line_leaves_open_from_the_run_and_the_v
 
 def test_resuming_a_run_that_is_over_or_was_begun_as_another_changes_nothing(text, uninterrupted, fake, files):
     write("other_vocab", "\n".join([*SPECIAL, *text.vocabulary.words[:2:-1]]))
-    write_json("dim8.json", elmo.as_json(replace(text.options, dim=8)))
+    write("dim8.json", elmo.as_json(replace(text.options, dim=8)))
     before, command = tree(uninterrupted), ["train", "--device", "CPU", "--out", uninterrupted, "--resume"]
     assert "all steps are done" in succeed(*command)
     for change, message in (
@@ -1438,15 +1379,14 @@ def test_a_large_array_with_a_damaged_header_is_not_read_from_the_wrong_place(tm
         elmo.load_weights(path, softmax.get_parameters())
 
 
-class FullDisk:
-    free = 1 << 20
+FULL_DISK = types.SimpleNamespace(free=1 << 20)
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_there_was(trained, h5py, fake, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     write("in.txt", "the cat\n")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: FullDisk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: FULL_DISK)
     for command in ("embed --input in.txt --output new.hdf5", "export --weights new.hdf5"):
         error = fail(*command.split(), "--device", "CPU", "--out", trained.model)
         assert "new.hdf5: could not be written (No space left on device)" in error and os.listdir() == ["in.txt"]
@@ -1464,7 +1404,6 @@ def test_a_checkpoint_reaches_the_disk_before_it_gets_its_name(monkeypatch, tmp_
 
 
 # ---- 13. Several workers ---------------------------------------------------------------------------------------------
-
 
 def test_two_workers_compute_what_one_does_that_reads_the_streams_of_both(text, two_workers):
     o, n_steps, chunks = elmo.read_options(str(two_workers.folder / "options.json")), 15, []
@@ -1502,7 +1441,6 @@ def test_sums_over_workers_have_more_digits_than_float32():
 
 
 # ---- 14. Half precision ----------------------------------------------------------------------------------------------
-
 
 def rounded(x, amp):
     """To the nearest number of the type, ties to even; bfloat16 is the upper half of float32."""
@@ -1549,7 +1487,6 @@ def test_training_in_half_precision_follows_training_in_float32(trained, tmp_pat
 
 # ---- 15. Test: perplexity --------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("batch_size, unroll_steps", [(2, 4), (50, 7)])  # the second: more streams than sentences
 def test_the_perplexity_is_that_of_numpy_over_every_prediction_once(batch_size, unroll_steps):
     o = options(batch_size=batch_size, unroll_steps=unroll_steps, dropout=0.1)  # no dropout when testing
@@ -1580,9 +1517,8 @@ def test_testing_prints_last_the_perplexities_of_the_best_epoch_in_the_form_that
 
 # ---- 16. Embed -------------------------------------------------------------------------------------------------------
 
-
 def test_the_vectors_of_each_line_equal_numpy_and_the_bilm_in_both_formats_and_any_order(
-        trained, trained_bilm, h5py, monkeypatch):
+        trained, exported, h5py, monkeypatch):
     lines = ["the cat sat on the mat .", "", "Stranger", " ".join(f"w{k % 7}" for k in range(300)), "   ", "a b",
              "z" * 80 + " 日本語"]
     monkeypatch.chdir(trained.folder)
@@ -1594,16 +1530,17 @@ def test_the_vectors_of_each_line_equal_numpy_and_the_bilm_in_both_formats_and_a
                     published + " --input reversed.txt --output vectors.hdf5"):
         succeed("embed", "--device", "CPU", *command.split())
     assert Path("vectors.npz.part").read_text() == "precious"
-    vectors, w = load("vectors.npz"), weights(trained_bilm)
+    vectors, bilm = load("vectors.npz"), elmo.BiLM("elmo_options.json", exported)
+    w = weights(bilm)
     assert list(vectors) == [str(k) for k in range(len(lines))]
     with h5py.File("vectors.hdf5", "r") as file:
         assert sorted(file, key=int) == list(vectors)
         for line, array, other in zip(lines, vectors.values(), map(file.get, reversed(vectors))):
             assert array.shape == (3, len(line.split()), 10)  # blank lines have an array, too
             assert array.dtype == other.dtype == np.float32
-            close(array, numpy_layers(line.split(), w, trained_bilm.options)[0])
+            close(array, numpy_layers(line.split(), w, bilm.options)[0])
             close(other[...], array, 1e-6)
-    layers, _, _ = trained_bilm(batch_to_ids([lines[0].split(), lines[2].split()]))
+    layers, _, _ = bilm(batch_to_ids([lines[0].split(), lines[2].split()]))
     for k, array in enumerate((vectors["0"], vectors["2"])):
         close(arrays(layers)[:, k, :array.shape[1]], array, 1e-6)
 
@@ -1611,12 +1548,13 @@ def test_the_vectors_of_each_line_equal_numpy_and_the_bilm_in_both_formats_and_a
 def test_lines_are_numbered_on_from_block_to_block(fake):
     content = "\ufeffa b\n\n \nc\u2028d \x0c e\r f\n" + "g h i\n" * 20  # none but \n ends a line
     write("text.txt", content)
-    names = [name for name, _ in elmo.sentence_vectors(FakeEmbedder(None), "text.txt", 10)]
-    assert names == [str(k) for k in range(24)]
-    assert FakeEmbedder.seen == [["a", "b"], [], [], ["c", "d", "e", "f"]] + 20 * [["g", "h", "i"]]
+    seen, embedder = [], fake_embedder(None)
+    vectors = elmo.sentence_vectors(lambda block: seen.extend(block) or embedder(block), "text.txt", 10)
+    assert [name for name, _ in vectors] == [str(k) for k in range(24)]
+    assert seen == [["a", "b"], [], [], ["c", "d", "e", "f"]] + 20 * [["g", "h", "i"]]
     write("text.txt", content.encode() + b"\xff\n")
     with pytest.raises(data.InputError, match="line 25 is not UTF-8"):
-        list(elmo.sentence_vectors(FakeEmbedder(None), "text.txt", 10))
+        list(elmo.sentence_vectors(embedder, "text.txt", 10))
 
 
 def test_reading_takes_no_more_time_steps_than_the_longest_sentence_and_none_for_empty_ones(monkeypatch):
@@ -1654,7 +1592,6 @@ def test_work_that_takes_long_tells_how_far_it_is(monkeypatch, capsys):
 
 
 # ---- 17. Text files --------------------------------------------------------------------------------------------------
-
 
 def sentences_of(path="train.mindrecord"):
     """The sentences of a MindRecord, each its words joined by spaces."""
@@ -1826,7 +1763,7 @@ def test_a_program_that_is_stopped_or_lacks_memory_or_disk_is_one_line_and_clean
     assert not os.path.exists("train.mindrecord")  # which is the one that is not opened
     os.remove("train.mindrecord.db")
     before = tree(folder)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: FullDisk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: FULL_DISK)
     line = fail("--input", "a.txt", program=data)
     assert line == "data.py: error: train.mindrecord: could not be written; is the disk full?\n"
     assert tree(folder) == before
@@ -1847,7 +1784,6 @@ def test_a_program_that_is_stopped_or_lacks_memory_or_disk_is_one_line_and_clean
 
 
 # ---- 18. Ascend, as far as it can be known without one ---------------------------------------------------------------
-
 
 # No "Supported Platforms" in their documentation; each is named in MindSpore's library for Ascend.
 UNDOCUMENTED = {"BiasAddGrad", "ClampScalar", "Divs", "InplaceAddExt", "LessScalar", "MaxPoolGrad", "Muls", "ReluGrad",
@@ -1877,7 +1813,6 @@ def test_the_graphs_of_training_testing_and_embedding_are_static_and_made_for_as
 
 
 # ---- 19. The command line --------------------------------------------------------------------------------------------
-
 
 def test_the_names_that_other_programs_rely_on_are_accepted(tmp_path, monkeypatch):
     def check(program, line, **expected):
@@ -1914,7 +1849,6 @@ def test_a_machine_without_ascend_is_told_of_the_cpu(monkeypatch):
 
 
 # ---- 20. Malformed inputs: one clear line, and nothing is changed ----------------------------------------------------
-
 
 WRONG_OPTIONS = [  # of an options file: a key, its value, and what is said of that key
     ("lstm.dim", "7", "is '7'"), ("lstm.dim", 7.5, "is 7.5"), ("lstm.dim", True, "is True"), ("dropout", 1.0, "is 1.0"),
@@ -1956,7 +1890,7 @@ def bad(trained, files, exported, h5py):
             ("no_run/options", "run", {}), ("arguments/options", "run.arguments", 5)):
         content, (*outer, last) = json.loads((trained.model / "options.json").read_text()), key.split(".")
         functools.reduce(dict.get, outer, content)[last] = value
-        write_json(folder / f"{name}.json", content)
+        write(folder / f"{name}.json", content)
     for name, key, array in (
             ("float64", "char_embed", np.zeros((261, 4))), ("nan", "char_embed", np.full((261, 4), np.nan, np.float32)),
             ("null", "char_embed", h5py.Empty("f")), ("lacking", "other", 0), ("group", "char_embed/deeper", 0)):
@@ -2070,7 +2004,6 @@ def test_a_malformed_input_is_one_clear_line_and_changes_nothing(trained, bad, m
 
 
 # ---- 21. README ------------------------------------------------------------------------------------------------------
-
 
 README = Path(HERE, "README.md").read_text(encoding="utf-8")
 
