@@ -21,9 +21,9 @@ ms.jit compiles a function to a static graph; ms.value_and_grad(f, positions, we
 returns, and the gradients of the first result by the arguments at these positions and by the weights; a cell's bprop,
 where there is one, is its own backward pass; ops.gather_d is torch.gather.
 
-`matmul`, `bias_add` (x + b), `log`, `log_sum_exp(y, W, b)` (log Σ_k exp(y · W_k + b_k)), `compiled` and `parameter` are
-what their names say (part 8). `make_matmul(amp)` returns the product of matrices in the type amp (None: float32);
-`make_tanh()` returns tanh in a form for the device. data.py reads the text.
+`matmul`, `bias_add` (x + b), `log`, `tanh`, `log_sum_exp(y, W, b)` (log Σ_k exp(y · W_k + b_k)), `compiled` and
+`parameter` are what their names say (part 8). `make_matmul(amp)` returns the product of matrices in the type amp (None:
+float32). data.py reads the text.
 """
 import argparse
 import contextlib
@@ -102,7 +102,7 @@ class CharEncoder(nn.Cell):
         filters = lambda *shape: uniform(0.05, *shape) if o.activation == "relu" else normal(*shape)
         self.filters, self.char_dim = o.filters, o.char_dim
         self.matmul = make_matmul(amp)
-        self.activation = ops.relu if o.activation == "relu" else make_tanh()
+        self.activation = ops.relu if o.activation == "relu" else tanh
         self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # 256 bytes and 5 marks
         self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", filters(1, width, o.char_dim, n))
                                         for k, (width, n) in enumerate(o.filters)])
@@ -163,7 +163,7 @@ class Recurrence(nn.Cell):
     def __init__(self, cell_clip, proj_clip, amp=None):
         super().__init__()
         self.cell_clip, self.proj_clip = cell_clip, proj_clip
-        self.matmul, self.tanh = make_matmul(amp), make_tanh()
+        self.matmul = make_matmul(amp)
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], W_x above W_h,
@@ -175,9 +175,9 @@ class Recurrence(nn.Cell):
         hs, cs, saved = (), (), ()
         for x_W_t in ops.unstack(x_W):  # x_W[t] would be slow
             i, j, f, o = ops.split(x_W_t + self.matmul(h, W_h), c.shape[1], 1)  # [batch, dim] each
-            i, j, f, o = ops.sigmoid(i), self.tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
+            i, j, f, o = ops.sigmoid(i), tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
             c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
-            u = self.tanh(c)
+            u = tanh(c)
             h = ops.clamp(self.matmul(o * u, W_P), -self.proj_clip, self.proj_clip)  # [batch, projection]
             hs, cs, saved = hs + (h,), cs + (c,), saved + ((i, j, f, o, u),)
         return ops.stack(hs), hs, cs, saved
@@ -189,7 +189,7 @@ class ProjectedLSTM(nn.Cell):
     def __init__(self, name, options, rng, recurrence):
         super().__init__()
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        # Not attributes W, B and W_P, after which MindSpore would rename the parameters once this cell is in another.
+        # In a tuple: a parameter that is an attribute, say self.W, is renamed "W" when this cell is put into another.
         self.weights = ms.ParameterTuple([
             parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
             parameter(name + "B", np.zeros(4 * options.dim)),
@@ -282,7 +282,7 @@ class BiLM(nn.Cell):
             b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, seq_dim=1, batch_dim=0)
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
         mask = position < n_tokens + 2
-        if not keep_sentence_boundaries:
+        if not keep_sentence_boundaries:  # without <S> and the last column; the mask makes the </S> before it 0
             layers, mask = [layer[:, 1:-1] for layer in layers], position[:, :-2] < n_tokens
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
@@ -335,7 +335,7 @@ def draw_negatives(rng, n, n_classes):
         drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
         new = np.sort(np.unique(drawn, return_index=True)[1])  # the draws, in order, that found a class not yet found
         if len(new) >= n:
-            return drawn[new[:n]], int(new[n - 1]) + 1
+            return drawn[new[:n]], int(new[n - 1]) + 1  # the draw that found the n-th class was the last one needed
 
 
 def log_expected_count(k, n_draws, n_classes):
@@ -351,7 +351,8 @@ def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, no
 
     Why minus log q: let the softmax that is trained give class k the probability p(k). Who knows only the set of target
     and negatives, not which of them is the target, has by Bayes' rule for each class k of it a probability proportional
-    to p(k) / q(k) (if draws were independent): the softmax, over the set, of the logits less log q.
+    to p(k) / q(k) (if classes were drawn independently, each k with probability q(k)): the softmax, over the set, of
+    the logits less log q.
 
     y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
     not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
@@ -446,18 +447,19 @@ class Batch(NamedTuple):
     one reads </S> sleep cats and predicts sleep cats <S>, both in the same time steps of the same stream: sentences
     keep their order, each is reversed by itself. (bilm-tf's backward direction reads other text than its forward one.)
     Each distinct word of the chunk is encoded once. There is room for a number of words of each of a few lengths, the
-    tiers, so that nearly all batches have the same shapes and short words take little time (data.fill_tiers). Masks and
-    reset_state are uint8 since not all devices unstack bool.
+    tiers, so that nearly all batches have the same shapes and short words take little time. (data.fill_tiers finds for
+    each word a row that is long enough; which one does not matter.)
     """
-    chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers
-    word_index: np.ndarray      # int32 [2, time, batch], which of them is read
-    reset_state: np.ndarray     # uint8 [batch], 1 where the LSTMs of both directions begin from zero (see `make_loss`)
+    chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
+    word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
+    reset_state: np.ndarray     # bool [batch], where the LSTMs of both directions begin from zero (see `make_loss`)
     target: np.ndarray          # int32 [2, n], the class to predict
     negatives: np.ndarray       # int32 [2, N]
     target_log_q: np.ndarray    # float32 [2, n]
     negative_log_q: np.ndarray  # float32 [2, N]
     not_drawn: np.ndarray       # float32 [2, n], see `sampled_softmax`
-    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], of dropout; empty without it
+    masks: np.ndarray           # uint8 (not all devices unstack bool) [layers + 1, 2, time, batch, projection], of
+                                # dropout; empty without it
 
 
 def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
@@ -476,7 +478,7 @@ def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
         target_log_q, negative_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
     chars, word_index = fill_tiers(tiers, chunk.words, chunk.word_index)
     shape = (o.n_layers + 1, *chunk.word_index.shape, o.projection) if o.dropout else (0,)
-    return Batch(chars, word_index, chunk.reset_state.view(np.uint8), target, negatives.astype(np.int32),
+    return Batch(chars, word_index, chunk.reset_state, target, negatives.astype(np.int32),
                  target_log_q.astype(np.float32), negative_log_q.astype(np.float32),
                  not_drawn=np.array([~np.isin(t, k) for t, k in zip(target, negatives)], np.float32),
                  masks=random_masks([seed, step, 2, rank], shape, o.dropout))
@@ -539,7 +541,8 @@ def make_step(run, tiers):
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the classes that the
     batch names change, as negatives or as targets. Their rows are copied out, updated (`make_update`), and written
     back. Shapes are fixed, so a class that is named twice has two rows; but Adagrad must square the sum of its
-    gradients (as in TensorFlow's sparse updates). Therefore the loss reads just one of its rows, the last:
+    gradients (as in TensorFlow's sparse updates). Therefore all rows of a class have as their place the last of
+    them, and the loss reads that one alone; the others have no gradient:
         class  7 2 7 5    as named
         row    0 1 2 3    copied out for it
         place  2 1 2 3    read for it: the whole gradient of class 7 comes together in row 2
@@ -569,7 +572,8 @@ def make_update(run, tiers):
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
     adagrad = ops.ApplyAdagrad()
-    gradient = ms.value_and_grad(make_loss(run.bilm, tiers), (0, 1), weights, has_aux=True)  # by W, b and the weights
+    # -> what the loss function returns, and the gradients of the first of it: (by W, b), by the weights
+    gradient = ms.value_and_grad(make_loss(run.bilm, tiers), (0, 1), weights, has_aux=True)
 
     @compiled
     def update(state, places, W, b, W_sum, b_sum, chars, word_index, reset_state, target, negatives, *rest):
@@ -581,10 +585,10 @@ def make_update(run, tiers):
         (_, loss, new_state), ((dW, db), grads) = gradient(
             W, b, state, loss_scale, chars, word_index, reset_state, target_rows, negative_rows, *rest)
         loss, dW, db, *grads = workers.mean((loss, dW, db, *grads))
-        # bilm-tf derives the loss summed over time, so its gradients are unroll_steps · g; it clips them by their norm
-        # over all parameters together, to unroll_steps · g · min(1, limit / norm).
+        # bilm-tf differentiates the loss summed over time: its gradients are unroll_steps · g. It clips them by their
+        # norm over all parameters together, to unroll_steps · g · min(1, limit / norm).
         norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        if loss_scaler is not None:  # a step that overflows changes nothing but the scale (part 8)
+        if loss_scaler is not None:  # after an overflow: gradients of 0 and the old state, so that nothing changes
             norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
         scale = o.unroll_steps * ops.minimum(o.all_clip_norm_val / norm, 1.0)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
@@ -618,7 +622,7 @@ def train(args):
             loss, norm = step(batch)  # forward and backward, clipping, Adagrad
             run.step, run.position = run.step + 1, position
             run.losses.append((loss, norm))
-            epoch = 1 + sum(end < run.step for end in run.epoch_ends)
+            epoch = 1 + sum(end < run.step for end in run.epoch_ends)  # epoch_ends: each epoch's last step
             epoch_is_over = run.step in run.epoch_ends or run.step == run.n_steps
             log_is_due = epoch_is_over or run.step % args.log_every == 0
             if log_is_due:
@@ -684,6 +688,7 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
 
 # ---- 8. MindSpore's peculiarities, and what is written out for speed -------------------------------------------------
 
+@ops.constexpr  # a graph computes it once, when it is compiled
 def on_cpu():
     return ms.get_context("device_target") == "CPU"
 
@@ -728,24 +733,17 @@ def log(x):
     return ops.xlogy(ops.ones_like(x), x)  # the last bits of the CPU's ops.log depend on how threads share the work
 
 
-def make_tanh():
-    """-> tanh. MindSpore's own is off by 1e-4 beyond |x| = 4 on a CPU."""
-    def tanh_by_sigmoid(x):
-        return 2 * ops.sigmoid(2 * x) - 1
-
-    return tanh_by_sigmoid if on_cpu() else ops.tanh
+def tanh(x):
+    # On a CPU MindSpore's own is off by 1e-4 beyond |x| = 4.
+    return 2 * ops.sigmoid(2 * x) - 1 if on_cpu() else ops.tanh(x)
 
 
-def make_max_over_time():
-    """-> the maximum over positions: [words, positions, filters] -> [words, filters]. On a CPU ops.max makes a training
+def max_over_time(x):
+    """The maximum over positions: [words, positions, filters] -> [words, filters]. On a CPU ops.max makes a training
     step some 4 % slower (small) than pooling; that MaxPool computes in float32 on Ascend is not certain."""
-    def max_by_pooling(x):
+    if on_cpu():
         return ops.MaxPool((x.shape[1], 1))(x.expand_dims(0)).reshape(x.shape[0], -1)
-
-    def max_of_tensor(x):  # not a lambda: a graph does not compile one that is chosen so
-        return ops.max(x, 1)[0]
-
-    return max_by_pooling if on_cpu() else max_of_tensor
+    return ops.max(x, 1)[0]
 
 
 def random_masks(seed, shape, rate):
@@ -773,7 +771,7 @@ class FastCharEncoder(CharEncoder):
 
     def __init__(self, options, rng, amp=None):
         super().__init__(options, rng, amp)
-        self.widest, self.max_over_time = max(width for width, _ in options.filters), make_max_over_time()
+        self.widest = max(width for width, _ in options.filters)
         # Added to the scores, so that no filter wins where it reaches beyond character 50.
         widths = np.repeat([width for width, _ in options.filters], [n for _, n in options.filters])  # of each filter
         self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] + widths > MAX_CHARS, -1e4, 0), ms.float32)
@@ -803,7 +801,7 @@ class FastCharEncoder(CharEncoder):
         scores = self.matmul(e, kernel).reshape(chars.shape[0], n_positions, -1)  # [words, positions, filters]
         if n_positions + self.widest - 1 > MAX_CHARS:  # only then a widened filter may stand beyond character 50
             scores = scores + self.beyond[:n_positions]
-        return self.max_over_time(scores)
+        return max_over_time(scores)
 
 
 class FastRecurrence(Recurrence):

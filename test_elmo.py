@@ -524,7 +524,7 @@ def test_the_gradient_of_the_character_encoder_is_right_for_every_weight_at_ever
 
 @pytest.mark.parametrize("on_cpu", [True, False])  # each device has a form of the maximum
 def test_the_gradient_of_the_maximum_goes_to_one_position_where_several_are_equal(on_cpu, monkeypatch):
-    monkeypatch.setattr(elmo, "on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(elmo, "on_cpu", ops.constexpr(lambda: on_cpu))
     rng, o = np.random.default_rng(0), options(filters=((3, 7),), char_dim=2, n_highway=0)
     encoder, dy, expected = elmo.FastCharEncoder(o, rng), random(4, o.projection), np.zeros((261, 2))
     for p in encoder.get_parameters():  # small integers, so that many scores are equal
@@ -829,6 +829,7 @@ def test_published_weights_are_tested_and_fine_tuned_which_begins_with_them_agai
     command = ["train", *model, "--data", folder / "train.mindrecord", "--steps", 1]
     out = succeed(*command, "--weights", files.weights, "--out", "without")
     assert "has no softmax: that table starts fresh" in out and "held-out" not in out
+    assert "fresh" not in succeed("train", "--device", "CPU", "--out", "without", "--resume", "--steps", 2)
     command += ["--heldout", folder / "heldout.mindrecord", "--out", "with"]
     killed(monkeypatch, FakeStep, "__call__", 1, *command, "--weights", exported)
     out = succeed(*command, "--resume")
