@@ -1609,7 +1609,7 @@ def test_tokenization_is_penn_treebank_loses_nothing_and_leaves_its_own_result_a
     for divided in (  # | is where words are divided and the text has no space
             "I ca|n't say it|'s John|'s|.", "WO|N'T you|? They|'ll|; we|'ve|, I|'d|, I|'m", "it|’s “|so|” do|n’t",
             'He said "|Yes|" (|or [|no|]|) {|x|}|.', "Mr. J. Smith of the U.S. rose at 9 a.m. e.g. today|.",
-            "No. 5 said no|. U.S.-led plan B|.", "$|3.14 for 1,000 or 50|% at 10:30|, -3.5 in 1990s",
+            "No. 5 said no|. U.S.-led plan B|.", "$|3.14 for 1,000 or 50|% at 10:30|, -3.5 (|-|5|) in 1990s",
             "See https://x.org/a?b=c#d|, or www.x.org (|me@ex-ample.co.uk|)|.", "a_b.c|(|d|) == x|[|0|]",
             "A well-known rock'n'roll O'Neil AT&T and/or", "Wait|... what -- no|--|yes|? the dogs|'", "他来了|。|我走了|！",
             "यह हिन्दी है|। مرحبا|، نعم|؟ می‌خواهم", ""):
