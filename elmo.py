@@ -80,7 +80,7 @@ class Options:
     unroll_steps: int = 20               # tokens of each stream in a training step; gradients stop there, states do not
     sample_softmax: bool = True          # False: train with the full softmax
     n_negative_samples_batch: int = 8192
-    all_clip_norm_val: float = 10.0      # limit of the norm of unroll_steps · the gradient
+    all_clip_norm_val: float = 10.0      # limit of the norm of unroll_steps · the gradient (see `make_update`)
     learning_rate: float = 0.2           # of Adagrad
     n_tokens_vocab: int = 0              # the vocabulary file decides
 
@@ -189,7 +189,7 @@ class ProjectedLSTM(nn.Cell):
     def __init__(self, name, options, rng, recurrence):
         super().__init__()
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        # In a tuple: a parameter that is an attribute, say self.W, is renamed "W" when this cell is put into another.
+        # In a tuple: when this cell is put into another, MindSpore names a parameter after its attribute (say, W).
         self.weights = ms.ParameterTuple([
             parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
             parameter(name + "B", np.zeros(4 * options.dim)),
@@ -230,7 +230,7 @@ class BiLM(nn.Cell):
         self.lstms = nn.CellList([  # layer 0 forward, layer 0 backward, layer 1 forward, ...
             ProjectedLSTM(f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/", o, rng, recurrence)
             for layer in range(o.n_layers) for direction in (0, 1)])
-        self.begin, self.end = (Tensor(char_ids(word)).reshape(1, 1, -1) for word in SPECIAL[:2])
+        self.begin, self.end = (Tensor(char_ids(word)).reshape(1, 1, -1) for word in SPECIAL[:2])  # <S>, </S>
         if weight_file is not None:
             load_weights(weight_file, self.get_parameters())
 
@@ -282,7 +282,7 @@ class BiLM(nn.Cell):
             b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, seq_dim=1, batch_dim=0)
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
         mask = position < n_tokens + 2
-        if not keep_sentence_boundaries:  # without <S> and the last column; the mask makes the </S> before it 0
+        if not keep_sentence_boundaries:  # without <S> and the longest sentences' </S>; mask makes that of others 0
             layers, mask = [layer[:, 1:-1] for layer in layers], position[:, :-2] < n_tokens
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
@@ -329,8 +329,8 @@ def draw_negatives(rng, n, n_classes):
     """
     drawn = np.empty(0, np.int64)
     while True:
-        # P(0) + ... + P(k) = log(k + 2) / log(n_classes + 1). So for u uniform in [0, 1) the k to draw is the first
-        # with k + 2 > (n_classes + 1)^u, which is (n_classes + 1)^u rounded down, less 1.
+        # For u uniform in [0, 1), the class to draw is the first k for which P(0) + ... + P(k), which is
+        # log(k + 2) / log(n_classes + 1), is more than u. So k + 1 is (n_classes + 1)^u rounded down.
         more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1
         drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
         new = np.sort(np.unique(drawn, return_index=True)[1])  # the draws, in order, that found a class not yet found
@@ -349,10 +349,10 @@ def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, no
     """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit minus its
     log q, and s_k is a negative's logit minus its own log q.
 
-    Why minus log q: let the softmax that is trained give class k the probability p(k). Who knows only the set of target
-    and negatives, not which of them is the target, has by Bayes' rule for each class k of it a probability proportional
-    to p(k) / q(k) (if classes were drawn independently, each k with probability q(k)): the softmax, over the set, of
-    the logits less log q.
+    Why minus log q: let the softmax that is trained give class k the probability p(k). If k is the target, the set of
+    target and negatives comes about when all its other classes are drawn (k itself may be, too). If class j is drawn
+    with probability q(j), whatever else is, that is proportional to 1 / q(k). So, by Bayes' rule, the class k of a set
+    is its target with a probability proportional to p(k) / q(k): the softmax, over the set, of the logits less log q.
 
     y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
     not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
@@ -446,9 +446,9 @@ class Batch(NamedTuple):
     Of the sentence "cats sleep" the forward direction reads <S> cats sleep and predicts cats sleep </S>, the backward
     one reads </S> sleep cats and predicts sleep cats <S>, both in the same time steps of the same stream: sentences
     keep their order, each is reversed by itself. (bilm-tf's backward direction reads other text than its forward one.)
-    Each distinct word of the chunk is encoded once. There is room for a number of words of each of a few lengths, the
-    tiers, so that nearly all batches have the same shapes and short words take little time. (data.fill_tiers finds for
-    each word a row that is long enough; which one does not matter.)
+    Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
+    for words of at most 10 characters, then 100 of at most 50. Thus nearly all batches have the same shapes, and short
+    words take little time. (data.fill_tiers finds for each word a row that is long enough; any such row will do.)
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
@@ -541,11 +541,11 @@ def make_step(run, tiers):
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the classes that the
     batch names change, as negatives or as targets. Their rows are copied out, updated (`make_update`), and written
     back. Shapes are fixed, so a class that is named twice has two rows; but Adagrad must square the sum of its
-    gradients (as in TensorFlow's sparse updates). Therefore all rows of a class have as their place the last of
-    them, and the loss reads that one alone; the others have no gradient:
+    gradients (as in TensorFlow's sparse updates). So the loss reads only one row of each class, the last, and the
+    others have no gradient; `places` says for each row which that is:
         class  7 2 7 5    as named
         row    0 1 2 3    copied out for it
-        place  2 1 2 3    read for it: the whole gradient of class 7 comes together in row 2
+        place  2 1 2 3    row that the loss reads for it: the whole gradient of class 7 comes together in row 2
     In the end each row is replaced by the one at its place, row 0 by row 2, so that the rows of a class are equal,
     whichever of them is written back last. All workers have the same classes, and so average dW row by row.
     """
@@ -557,6 +557,7 @@ def make_step(run, tiers):
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
         places = run.last_places(classes)
         rows = [ops.gather(table, classes, 0) for table in run.tables]  # not in `update`: that would copy whole tables
+        # rows: of W, b and their accumulators; tensors: the fields of Batch
         loss, norm, run.lstm_state, rows = update(run.lstm_state, places, *rows, *tensors)
         for table, new_rows in zip(run.tables, rows):
             ops.scatter_update(table, classes, new_rows)
@@ -579,7 +580,8 @@ def make_update(run, tiers):
     def update(state, places, W, b, W_sum, b_sum, chars, word_index, reset_state, target, negatives, *rest):
         # rest: target_log_q, negative_log_q, not_drawn, masks
         loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale_value
-        first = negatives.size + workers.rank * target.size  # of this worker's targets among the classes
+        # The classes are all negatives, then each worker's targets; this worker's are from `first` on.
+        first = negatives.size + workers.rank * target.size
         negative_rows = places[:negatives.size].reshape(2, -1)  # [2, N]
         target_rows = places[first:first + target.size].reshape(2, -1)  # [2, n]
         (_, loss, new_state), ((dW, db), grads) = gradient(
@@ -588,7 +590,7 @@ def make_update(run, tiers):
         # bilm-tf differentiates the loss summed over time: its gradients are unroll_steps · g. It clips them by their
         # norm over all parameters together, to unroll_steps · g · min(1, limit / norm).
         norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        if loss_scaler is not None:  # after an overflow: gradients of 0 and the old state, so that nothing changes
+        if loss_scaler is not None:  # all without the scale; after an overflow gradients of 0, and the old state again
             norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
         scale = o.unroll_steps * ops.minimum(o.all_clip_norm_val / norm, 1.0)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
@@ -611,8 +613,8 @@ def train(args):
         return
     print(f"{run.n_steps:,} steps of {run.tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-    # Room for the words of a chunk, by the first chunks. One that needs more gets it (fill_tiers), at the cost of a
-    # compilation for its shape.
+    # How much room the words of a chunk need, by the first chunks. One that needs more gets it (fill_tiers), but a
+    # step of another shape must be compiled first.
     tiers = measure_tiers(read_chunks(corpus, run.vocabulary, run.options, run.seed))
     step = make_step(run, tiers)
     perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, run.workers) if heldout else None
@@ -622,7 +624,7 @@ def train(args):
             loss, norm = step(batch)  # forward and backward, clipping, Adagrad
             run.step, run.position = run.step + 1, position
             run.losses.append((loss, norm))
-            epoch = 1 + sum(end < run.step for end in run.epoch_ends)  # epoch_ends: each epoch's last step
+            epoch = 1 + sum(end < run.step for end in run.epoch_ends)  # this step's; epoch_ends: each one's last step
             epoch_is_over = run.step in run.epoch_ends or run.step == run.n_steps
             log_is_due = epoch_is_over or run.step % args.log_every == 0
             if log_is_due:
