@@ -1904,8 +1904,8 @@ def bad(trained, files, exported, h5py):
         write(folder / f"{name}.json", content)
     for name, key, array in (
             ("float64", "char_embed", np.zeros((261, 4))), ("null", "char_embed", h5py.Empty("f")),
-            ("inf", "char_embed", np.float32(260 * [4 * [0]] + [4 * [np.inf]])), ("lacking", "other", 0),
-            ("group", "char_embed/deeper", 0)):
+            ("nan", "char_embed", np.float32(260 * [4 * [0]] + [4 * [np.nan]])), ("lacking", "other", 0),
+            ("inf", "char_embed", np.float32(260 * [4 * [0]] + [4 * [np.inf]])), ("group", "char_embed/deeper", 0)):
         shutil.copyfile(exported, folder / f"{name}.hdf5")
         with h5py.File(folder / f"{name}.hdf5", "r+") as file:
             del file["char_embed"]
@@ -1956,7 +1956,8 @@ MALFORMED = {
     # Weights
     **each(TRAIN, "--weights", {
         ": no such file": "gone.hdf5", ": damaged, or not such a file": "cut.hdf5 null.hdf5",
-        ": has no array char_embed": "lacking.hdf5 group.hdf5", ": char_embed holds numbers that are not": "inf.hdf5",
+        ": has no array char_embed": "lacking.hdf5 group.hdf5",
+        ": char_embed holds numbers that are not finite": "nan.hdf5 inf.hdf5",
         ": char_embed is float64 [261, 4], but these options ask for float32": "float64.hdf5"}),
     TEST + WEIGHTS + " --vocab ../vocab --weights no_softmax.hdf5": "no_softmax.hdf5: has no array softmax/W",
     TEST + WEIGHTS + " --vocab other/vocab": "elmo_weights.hdf5: softmax/W is float32",
