@@ -99,12 +99,12 @@ class CharEncoder(nn.Cell):
         o, n_filters = options, sum(n for _, n in options.filters)
         uniform = lambda limit, *shape: rng.uniform(-limit, limit, shape)
         normal = lambda *shape: rng.normal(0, math.sqrt(1 / math.prod(shape[:-1])), shape)  # shape [..inputs, outputs]
-        filters = lambda *shape: uniform(0.05, *shape) if o.activation == "relu" else normal(*shape)
+        initial_filters = lambda *shape: uniform(0.05, *shape) if o.activation == "relu" else normal(*shape)
         self.filters, self.char_dim = o.filters, o.char_dim
         self.matmul = make_matmul(amp)
         self.activation = ops.relu if o.activation == "relu" else tanh
         self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # 256 bytes and 5 marks
-        self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", filters(1, width, o.char_dim, n))
+        self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", initial_filters(1, width, o.char_dim, n))
                                         for k, (width, n) in enumerate(o.filters)])
         self.b_cnn = ms.ParameterTuple([parameter(f"CNN/b_cnn_{k}", np.zeros(n)) for k, (_, n) in enumerate(o.filters)])
         highway = []
@@ -121,8 +121,9 @@ class CharEncoder(nn.Cell):
         """chars int32 [words, 50] -> x_k [words, projection].
 
         chars, see data.char_ids: 1 to 256 are bytes, 257 and 258 stand for <S> and </S>, 259 and 260 for a word's begin
-        and end; 261 is padding, and embedded like any other; 0 is no word, and embedded as zeros. tiers: ((number of
-        words, their characters at most), ...) of the words in this order; knowing it saves time (part 8).
+        and end; 261 is padding, and embedded like any other; 0 is no word, and embedded as zeros. tiers is for
+        `FastCharEncoder` alone: ((800, 10), (100, 50)) says that the first 800 words have at most 10 characters, the
+        next 100 at most 50.
         """
         embedding = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # [262, char_dim]
         x = self.features(embedding, chars, tiers)  # [words, filters]
@@ -152,7 +153,7 @@ class CharEncoder(nn.Cell):
 class Recurrence(nn.Cell):
     """One direction of one layer: the LSTM of section 3.1, its output projected (Sak et al., 2014). At each time step
 
-        i, j, f, o = x_t · W_x + h · W_h + B            input gate, candidate, forget gate, output gate
+        i, j, f, o = [x_t; h] · W + B                   input gate, candidate, forget gate, output gate
         c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
         h = clip((sigmoid(o) · tanh(c)) · W_P)          the forget gate's + 1 and the clips are bilm-tf's
 
@@ -166,15 +167,13 @@ class Recurrence(nn.Cell):
         self.matmul = make_matmul(amp)
 
     def construct(self, x, h, c, W, B, W_P):
-        """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], W_x above W_h,
-        B [4 dim], W_P [dim, projection] -> four things, each of all time steps: h, stacked, [time, batch, projection];
-        h and c as tuples; and what else the backward pass of `FastRecurrence` needs."""
-        W_x, W_h = W[:x.shape[2]], W[x.shape[2]:]
-        # x_t · W_x + B of all time steps in one product, which is faster
-        x_W = bias_add(self.matmul(x.reshape(-1, x.shape[2]), W_x), B).reshape(x.shape[0], x.shape[1], -1)
+        """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
+        W_P [dim, projection] -> four things, each of all time steps: h, stacked, [time, batch, projection]; h and c as
+        tuples; and what else the backward pass of `FastRecurrence` needs."""
         hs, cs, saved = (), (), ()
-        for x_W_t in ops.unstack(x_W):  # x_W[t] would be slow
-            i, j, f, o = ops.split(x_W_t + self.matmul(h, W_h), c.shape[1], 1)  # [batch, dim] each
+        for x_t in ops.unstack(x):  # x[t] would be slow
+            gates = bias_add(self.matmul(ops.concat((x_t, h), 1), W), B)  # [batch, 4 dim]
+            i, j, f, o = ops.split(gates, c.shape[1], 1)
             i, j, f, o = ops.sigmoid(i), tanh(j), ops.sigmoid(f + 1.0), ops.sigmoid(o)
             c = ops.clamp(f * c + i * j, -self.cell_clip, self.cell_clip)
             u = tanh(c)
@@ -189,7 +188,8 @@ class ProjectedLSTM(nn.Cell):
     def __init__(self, name, options, rng, recurrence):
         super().__init__()
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        # In a tuple: when this cell is put into another, MindSpore names a parameter after its attribute (say, W).
+        # In a tuple they keep these names, which are bilm-tf's. As attributes, say self.W, they would lose them when
+        # this cell becomes part of another: MindSpore would call them W.
         self.weights = ms.ParameterTuple([
             parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
             parameter(name + "B", np.zeros(4 * options.dim)),
@@ -197,9 +197,9 @@ class ProjectedLSTM(nn.Cell):
         self.recurrence = recurrence
 
     def construct(self, x, state, lengths=None):
-        """x [time, batch, projection], state [batch, projection + dim], which is h beside c -> h of all time steps, of
-        the shape of x, and the state after the last one; given lengths, int32 [batch], the state after each row's own
-        last one. The state has no gradient."""
+        """x [time, batch, projection]; state [batch, projection + dim], h beside c. Returns h of all time steps, of the
+        shape of x, and the state after the last one or, given lengths, int32 [batch], after each row's own last one.
+        The state has no gradient."""
         W, B, W_P = self.weights
         h, c = ops.split(state, [W_P.shape[1], W_P.shape[0]], 1)
         y, hs, cs, _ = self.recurrence(x, h, c, W, B, W_P)
@@ -282,7 +282,7 @@ class BiLM(nn.Cell):
             b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, seq_dim=1, batch_dim=0)
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
         mask = position < n_tokens + 2
-        if not keep_sentence_boundaries:  # without <S> and the longest sentences' </S>; mask makes that of others 0
+        if not keep_sentence_boundaries:  # cut off <S> and the longest sentences' </S>; the mask makes the others' 0
             layers, mask = [layer[:, 1:-1] for layer in layers], position[:, :-2] < n_tokens
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
@@ -340,7 +340,7 @@ def draw_negatives(rng, n, n_classes):
 
 def log_expected_count(k, n_draws, n_classes):
     """log q(k) for classes k, an array: q(k) = 1 - (1 - P(k))^n_draws, P as in `draw_negatives`, is the probability
-    that class k is among the negatives; since it is there at most once, that is its expected count, too."""
+    that n_draws draws hold class k; since it is a negative at most once, that is its expected count, too."""
     p = np.log((k + 2) / (k + 1)) / np.log(n_classes + 1)
     return np.log(-np.expm1(n_draws * np.log1p(-p)))
 
@@ -349,10 +349,11 @@ def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, no
     """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit minus its
     log q, and s_k is a negative's logit minus its own log q.
 
-    Why minus log q: let the softmax that is trained give class k the probability p(k). If k is the target, the set of
-    target and negatives comes about when all its other classes are drawn (k itself may be, too). If class j is drawn
-    with probability q(j), whatever else is, that is proportional to 1 / q(k). So, by Bayes' rule, the class k of a set
-    is its target with a probability proportional to p(k) / q(k): the softmax, over the set, of the logits less log q.
+    Why minus log q: let each class j be drawn with probability q(j), independently, and let k be the target. Then the
+    set S of target and negatives comes about with the probability Π_(j in S, j ≠ k) q(j) · Π_(j not in S) (1 - q(j)),
+    whether k is drawn too or not. Among the k of one S it is proportional to 1 / q(k). So, by Bayes' rule, k is the
+    target of S with a probability proportional to p(k) / q(k), where p is the full softmax: that is the softmax, over
+    S, of the logits less log q.
 
     y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
     not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
@@ -511,9 +512,9 @@ def make_loss(bilm, tiers):
         [2, n], negative_rows [2, N]: where in these rows the targets and the negatives are; loss_scale: 1, or with
         float16 a number that keeps gradients from underflow; the rest as in `Batch`."""
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # bilm-tf never resets a state, so that its models hardly learn to begin from zero; but `Elmo` and `embed` begin
-        # each sentence from zero. So here the state of a stream, of both directions, is set to zero where a chunk
-        # happens to begin with a sentence. (One that begins within a chunk inherits the state of the one before.)
+        # bilm-tf's LSTMs begin from zero in the first step and never again; but `Elmo` and `embed` begin each sentence
+        # from zero. So here the state of a stream, of both directions, is set to zero where a chunk happens to begin
+        # with a sentence. (One that begins within a chunk inherits the state of the one before.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
         outputs, state = bilm.contextualize(x, state, masks=masks)
@@ -540,14 +541,15 @@ def make_step(run, tiers):
 
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the classes that the
     batch names change, as negatives or as targets. Their rows are copied out, updated (`make_update`), and written
-    back. Shapes are fixed, so a class that is named twice has two rows; but Adagrad must square the sum of its
-    gradients (as in TensorFlow's sparse updates). So the loss reads only one row of each class, the last, and the
-    others have no gradient; `places` says for each row which that is:
+    back. A class that is named twice has two rows, since a graph needs as many rows in each step; but Adagrad must
+    square the sum of its gradients (as in TensorFlow's sparse updates). So the loss reads only one row of each class,
+    the last, and the others have no gradient. places[r] is the last row of row r's class:
         class  7 2 7 5    as named
         row    0 1 2 3    copied out for it
-        place  2 1 2 3    row that the loss reads for it: the whole gradient of class 7 comes together in row 2
+        place  2 1 2 3    the row to read: the whole gradient of class 7 comes together in row 2
     In the end each row is replaced by the one at its place, row 0 by row 2, so that the rows of a class are equal,
-    whichever of them is written back last. All workers have the same classes, and so average dW row by row.
+    whichever of them is written back last. `classes` holds the targets of all workers, so that all have the same rows
+    and average dW row by row.
     """
     update = make_update(run, tiers)
 
@@ -590,7 +592,7 @@ def make_update(run, tiers):
         # bilm-tf differentiates the loss summed over time: its gradients are unroll_steps · g. It clips them by their
         # norm over all parameters together, to unroll_steps · g · min(1, limit / norm).
         norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        if loss_scaler is not None:  # all without the scale; after an overflow gradients of 0, and the old state again
+        if loss_scaler is not None:  # divides all by the scale; after an overflow, gradients of 0 and the old state
             norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
         scale = o.unroll_steps * ops.minimum(o.all_clip_norm_val / norm, 1.0)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
@@ -613,8 +615,8 @@ def train(args):
         return
     print(f"{run.n_steps:,} steps of {run.tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-    # How much room the words of a chunk need, by the first chunks. One that needs more gets it (fill_tiers), but a
-    # step of another shape must be compiled first.
+    # How much room the words of a chunk need, by the first chunks. One that needs more gets more rows, which belong to
+    # the last tier (fill_tiers); but a step of another shape must be compiled first.
     tiers = measure_tiers(read_chunks(corpus, run.vocabulary, run.options, run.seed))
     step = make_step(run, tiers)
     perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, run.workers) if heldout else None
@@ -624,13 +626,13 @@ def train(args):
             loss, norm = step(batch)  # forward and backward, clipping, Adagrad
             run.step, run.position = run.step + 1, position
             run.losses.append((loss, norm))
-            epoch = 1 + sum(end < run.step for end in run.epoch_ends)  # this step's; epoch_ends: each one's last step
+            epoch = 1 + sum(end < run.step for end in run.epoch_ends)  # epoch_ends: the number of each one's last step
             epoch_is_over = run.step in run.epoch_ends or run.step == run.n_steps
             log_is_due = epoch_is_over or run.step % args.log_every == 0
             if log_is_due:
                 run.log_loss(args.out, epoch)  # the sampled loss; waits for the device
             is_best = False
-            if epoch_is_over:  # perplexities are under the full softmax: higher than exp of the sampled loss
+            if epoch_is_over:  # perplexities are under the full softmax, and so higher than exp of the loss
                 is_best = perplexity is None or run.log_and_compare(args.out, epoch, perplexity())
             # Several workers ask each other for signals only where they log, as asking takes time.
             stopping = (run.workers.size == 1 or log_is_due) and run.workers.sum([len(signals)])[0] > 0
@@ -870,13 +872,13 @@ def log_sum_exp(y, W, b):
 class Embedder:
     """The biLM's layers for any sentences: the same sentence always gets the same vectors.
 
-    Sentences are read side by side, one a row, a few time steps at once; where one ends, the row's next begins. The
+    Sentences are read in streams side by side, a few time steps at once; where one ends, the stream's next begins. The
     shapes are fixed, so that little is compiled, and each distinct word is encoded once.
     """
-    ROWS, TIME = 256, 4  # few time steps, since a sentence leaves the rest of its last ones empty
-    MAX_WORDS = 1 << 17  # word representations that are kept for the next call
-    WORDS = 512          # that are encoded at once
-    TIERS = ((384, 14), (128, MAX_CHARS))
+    STREAMS, TIME = 256, 4  # few time steps, since a sentence leaves the rest of its last ones empty
+    MAX_WORDS = 1 << 17     # word representations that are kept for the next call
+    WORDS = 128             # that are encoded at once
+    TIERS = ((96, 14), (32, MAX_CHARS))
 
     def __init__(self, bilm):
         self.options, self.index = bilm.options, {}
@@ -889,7 +891,7 @@ class Embedder:
         @compiled
         def read(x, begins, state):
             outputs, state = bilm.contextualize(x, state * (1 - begins.astype(state.dtype)).reshape(-1, 1))
-            return ops.stack([ops.stack(layers) for layers in outputs]), state  # [2, layers, time, rows, projection]
+            return ops.stack([ops.stack(layers) for layers in outputs]), state  # [2, layers, time, streams, projection]
 
         self.encode, self.read = encode, read
 
@@ -899,49 +901,49 @@ class Embedder:
         n_layers, size = self.options.n_layers, self.options.projection
         text = [["<S>", *words, "</S>"] for words in sentences]
         ends = np.cumsum([0, *map(len, text)])
-        x = self.x_of(list(itertools.chain.from_iterable(text)))  # [tokens, projection], of all sentences
-        layers = np.empty((n_layers + 1, len(x), 2 * size), np.float32)
-        layers[0] = np.tile(x, 2)
-        place, state = self.schedule(ends), zero_state(self.options, self.ROWS)
-        begins = np.zeros(len(x) + 1, np.uint8)
+        row = self.rows_of(list(itertools.chain.from_iterable(text)))  # of x, for each token of all sentences
+        layers = np.empty((n_layers + 1, len(row), 2 * size), np.float32)
+        layers[0, :, :size] = layers[0, :, size:] = self.x[row]
+        schedule, state = self.schedule(ends), zero_state(self.options, self.STREAMS)
+        begins = np.zeros(len(row) + 1, np.uint8)
         begins[ends[:-1]] = 1
-        for t in with_progress(range(0, place.shape[1], self.TIME), lambda n, seconds: (
-                f"reading: {n * self.TIME:,} of {place.shape[1]:,} time steps, {seconds:.0f} s")):
-            now = place[:, t:t + self.TIME]  # [2, time, rows]
-            outputs, state = self.read(Tensor(x[now]), Tensor(begins[now[0, 0]]), state)
+        for t in with_progress(range(0, schedule.shape[1], self.TIME), lambda n, seconds: (
+                f"reading: {n * self.TIME:,} of {schedule.shape[1]:,} time steps, {seconds:.0f} s")):
+            now = schedule[:, t:t + self.TIME]  # [2, time, streams]
+            outputs, state = self.read(Tensor(self.x[row[now]]), Tensor(begins[now[0, 0]]), state)
             for direction, h in enumerate(outputs.asnumpy()):
                 filled = now[direction] >= 0
                 layers[1:, now[direction][filled], direction * size:(direction + 1) * size] = h[:, filled]
         return [layers[:, begin + 1:end - 1] for begin, end in zip(ends, ends[1:])]
 
     def schedule(self, ends):
-        """Which token each row reads at each time step, int [2, time, rows], -1 for none; direction 1 reads each
-        sentence from its end. The longest sentences come first, each in the row that is free first."""
-        lengths, free, starts = np.diff(ends), [(0, row) for row in range(self.ROWS)], []
+        """Which token each stream reads at each time step, int [2, time, streams], -1 for none; direction 1 reads each
+        sentence from its end. The longest sentences come first, each in the stream that is free first."""
+        lengths, free, starts = np.diff(ends), [(0, stream) for stream in range(self.STREAMS)], []
         for k in np.argsort(-lengths, kind="stable"):
             if lengths[k] > 2:  # not only <S> and </S>
-                t, row = heapq.heappop(free)
-                starts.append((t, row, k))
-                heapq.heappush(free, (t + -(-lengths[k] // self.TIME) * self.TIME, row))
-        place = np.full((2, max(free)[0], self.ROWS), -1, np.int32)
-        for t, row, k in starts:
+                t, stream = heapq.heappop(free)
+                starts.append((t, stream, k))
+                heapq.heappush(free, (t + -(-lengths[k] // self.TIME) * self.TIME, stream))
+        schedule = np.full((2, max(free)[0], self.STREAMS), -1, np.int32)
+        for t, stream, k in starts:
             tokens = np.arange(ends[k], ends[k + 1])
-            place[:, t:t + len(tokens), row] = tokens, tokens[::-1]
-        return place
+            schedule[:, t:t + len(tokens), stream] = tokens, tokens[::-1]
+        return schedule
 
-    def x_of(self, words):
-        """x_k of words, [words, projection]; those not seen before are encoded."""
+    def rows_of(self, words):
+        """The rows of x where words stand, int [words]; those not seen before are encoded."""
         if len(self.index) > self.MAX_WORDS:
             self.index, self.x = {}, self.x[:0]
         known = len(self.index)
-        rows = [self.index.setdefault(word, len(self.index)) for word in words]
+        rows = np.array([self.index.setdefault(word, len(self.index)) for word in words], np.int32)
         new, x = list(itertools.islice(self.index, known, None)), [self.x]
         for k in range(0, len(new), self.WORDS):
             some = new[k:k + self.WORDS]
             chars, row = fill_tiers(self.TIERS, some, np.arange(len(some)))
             x.append(self.encode(Tensor(chars)).asnumpy()[row])
         self.x = np.concatenate(x)
-        return self.x[rows]
+        return rows
 
 
 def embed(args):
@@ -1089,14 +1091,10 @@ def import_h5py(path):
 def open_arrays(path):
     """Opens a .npz or .hdf5 file -> the names in it, and a function that reads the array of a name."""
     if os.fspath(path).endswith(".npz"):
-        with zipfile.ZipFile(path) as archive:
-            def read(name):
-                with archive.open(name + ".npy") as member:
-                    array = np.lib.format.read_array(member, allow_pickle=False)
-                    if member.read(1):  # at the end its checksum is compared
-                        raise ValueError(f"{name} is longer than it says")
-                    return array
-            yield [name[:-len(".npy")] for name in archive.namelist()], read
+        with np.load(path, allow_pickle=False) as archive:
+            if archive.zip.testzip():  # numpy alone compares no checksum where a damaged header hides an array's end
+                raise ValueError("a wrong checksum")
+            yield archive.files, archive.__getitem__
     else:
         h5py, names = import_h5py(path), []
         with h5py.File(path, "r") as file:

@@ -1581,16 +1581,16 @@ def test_lines_are_numbered_on_from_block_to_block(fake):
 
 
 def test_reading_takes_no_more_time_steps_than_the_longest_sentence_and_none_for_empty_ones(monkeypatch):
-    monkeypatch.setattr(elmo.Embedder, "ROWS", 5)
+    monkeypatch.setattr(elmo.Embedder, "STREAMS", 5)
     ends = np.cumsum([0, 2, 9, 3, 30, 2, 4, 4, 8, 5, 3, 12])  # 2: only <S> and </S>
-    place = elmo.Embedder(elmo.BiLM(options())).schedule(ends)
-    assert place.shape == (2, 32, 5) and elmo.Embedder.TIME == 4  # 30 in steps of 4
+    schedule = elmo.Embedder(elmo.BiLM(options())).schedule(ends)
+    assert schedule.shape == (2, 32, 5) and elmo.Embedder.TIME == 4  # 30 in steps of 4
     tokens = [k for k in range(ends[-1]) if k not in (0, 1, 44, 45)]
-    assert [sorted(read[read >= 0]) for read in place] == [tokens, tokens]
+    assert [sorted(read[read >= 0]) for read in schedule] == [tokens, tokens]
 
 
 def test_sentences_of_any_length_and_number_equal_numpy_also_with_few_rows_and_small_memory(monkeypatch):
-    for name, value in (("ROWS", 12), ("WORDS", 50), ("MAX_WORDS", 60), ("TIERS", ((30, 14), (20, 50)))):
+    for name, value in (("STREAMS", 12), ("WORDS", 50), ("MAX_WORDS", 60), ("TIERS", ((30, 14), (20, 50)))):
         monkeypatch.setattr(elmo.Embedder, name, value)
     bilm, rng = randomize(elmo.BiLM(tiny_options(n_layers=1))), np.random.default_rng(0)
     embedder, w, graphs = elmo.Embedder(bilm), weights(bilm), None
