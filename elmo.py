@@ -742,14 +742,6 @@ def tanh(x):
     return 2 * ops.sigmoid(2 * x) - 1 if on_cpu() else ops.tanh(x)
 
 
-def max_over_time(x):
-    """The maximum over positions: [words, positions, filters] -> [words, filters]. On a CPU ops.max makes a training
-    step some 4 % slower (small) than pooling; that MaxPool computes in float32 on Ascend is not certain."""
-    if on_cpu():
-        return ops.MaxPool((x.shape[1], 1))(x.expand_dims(0)).reshape(x.shape[0], -1)
-    return ops.max(x, 1)[0]
-
-
 def random_masks(seed, shape, rate):
     """uint8, 0 with probability `rate`, else 1. From random bits, 16 for each: much faster than from floats."""
     bits = np.random.SFC64(seed).random_raw(math.prod(shape) // 4 + 1).view(np.uint16)
@@ -805,7 +797,11 @@ class FastCharEncoder(CharEncoder):
         scores = self.matmul(e, kernel).reshape(chars.shape[0], n_positions, -1)  # [words, positions, filters]
         if n_positions + self.widest - 1 > MAX_CHARS:  # only then a widened filter may stand beyond character 50
             scores = scores + self.beyond[:n_positions]
-        return max_over_time(scores)
+        # On a CPU ops.max makes a training step some 4 % slower (small) than pooling; that MaxPool computes in float32
+        # on Ascend is not certain.
+        if on_cpu():
+            return ops.MaxPool((n_positions, 1))(scores.expand_dims(0)).reshape(chars.shape[0], -1)
+        return ops.max(scores, 1)[0]
 
 
 class FastRecurrence(Recurrence):
