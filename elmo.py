@@ -783,11 +783,10 @@ class FastCharEncoder(CharEncoder):
         # The widened filters reach beyond character 50, where there are none.
         chars = ops.concat((chars, ops.zeros((chars.shape[0], self.widest - 1), ms.int32)), 1)
         max_scores, first = [], 0
-        for n, limit in tiers[:-1]:
+        for n, limit in (*tiers[:-1], (chars.shape[0], MAX_CHARS)):  # the last takes what is left
             # From a word's end on every filter sees padding alone and scores the same: one such position is enough.
             max_scores.append(self.max_scores(embedding, chars[first:first + n], kernel, min(limit + 1, MAX_CHARS)))
             first += n
-        max_scores.append(self.max_scores(embedding, chars[first:], kernel, MAX_CHARS))
         return self.activation(bias_add(ops.concat(max_scores), ops.concat(list(self.b_cnn))))
 
     def max_scores(self, embedding, chars, kernel, n_positions):
