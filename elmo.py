@@ -50,7 +50,7 @@ from data import (MAX_CHARS, RUN_FILE, SPECIAL, ArgumentParser, Corpus, InputErr
                   check_sentences, file_name, fill_tiers, has_room, measure_tiers, natural, open_text, prefetch,
                   read_chunks, run_program, with_progress)  # before mindspore: it quiets MindSpore's log
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, communication, nn, ops
 from mindspore.ops.auto_generate import SigmoidGrad, TanhGrad
 
 # ---- 1. Options: every hyperparameter of the paper's model -----------------------------------------------------------
@@ -1462,10 +1462,9 @@ class Workers:
     def __init__(self):
         self.rank, self.size = 0, 1
         if "MS_ROLE" in os.environ:  # msrun's
-            from mindspore import communication
             # Seconds that workers wait for each other: compiling, reading and testing take some longer than others.
-            for name, seconds in (("CPU_COMM_OP", 86400), ("CONNECT", 7200), ("EXEC", 17340)):
-                os.environ.setdefault(f"{'MS' if 'CPU' in name else 'HCCL'}_{name}_TIMEOUT", str(seconds))
+            for name, seconds in (("MS_CPU_COMM_OP", "86400"), ("HCCL_CONNECT", "7200"), ("HCCL_EXEC", "17340")):
+                os.environ.setdefault(name + "_TIMEOUT", seconds)
             communication.init()
             self.rank, self.size = communication.get_rank(), communication.get_group_size()
             self.all_reduce, self.all_gather = ops.AllReduce(), ops.AllGather()
@@ -1588,9 +1587,8 @@ def run_command(argv):
     except RuntimeError:
         raise InputError(f"--device {args.device}: there is none on this machine; use --device CPU") from None
     if args.device == "Ascend":  # float32 products in float32: the first 910 would silently compute in float16
-        from mindspore.device_context.ascend import op_precision
-        op_precision.precision_mode("must_keep_origin_dtype")
-        op_precision.matmul_allow_hf32(False)
+        ms.device_context.ascend.op_precision.precision_mode("must_keep_origin_dtype")
+        ms.device_context.ascend.op_precision.matmul_allow_hf32(False)
     COMMANDS[args.command][0](args)
 
 
