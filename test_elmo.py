@@ -30,6 +30,7 @@ import types
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -1403,8 +1404,7 @@ FULL_DISK = types.SimpleNamespace(free=1 << 20)
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_there_was(trained, h5py, fake, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     write("in.txt", "the cat\n")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: FULL_DISK)
     for command in ("embed --input in.txt --output new.hdf5", "export --weights new.hdf5"):
@@ -1783,8 +1783,6 @@ def test_a_mindrecord_opens_moved_and_through_links_but_not_damaged_renamed_repl
 
 
 def test_a_program_that_is_stopped_or_lacks_memory_or_disk_is_one_line_and_cleans_up(trained, folder, monkeypatch):
-    def stopped(self):
-        raise error
     write("a.txt", "the cat\n")
     os.symlink(trained.model, "model")
     killed(monkeypatch, os, "replace", 2, "--input", "a.txt", program=data)  # when the first of two files is in place
@@ -1795,10 +1793,10 @@ def test_a_program_that_is_stopped_or_lacks_memory_or_disk_is_one_line_and_clean
     line = fail("--input", "a.txt", program=data)
     assert line == "data.py: error: train.mindrecord: could not be written; is the disk full?\n"
     assert tree(folder) == before
-    monkeypatch.setattr(data.Writer, "finish", stopped)
     for error, status, line in (
             (KeyboardInterrupt(), 130, "data.py: interrupted\n"),
             (MemoryError("9 TiB"), 2, "data.py: error: not enough memory (9 TiB); use a smaller model or batch\n")):
+        monkeypatch.setattr(data.Writer, "finish", mock.Mock(side_effect=error))
         assert run("--input", "a.txt", program=data) == (status, "", line)
         assert tree(folder) == before
     for program, function, command in (  # terminated in this function, when a part of the output is written
@@ -1871,9 +1869,7 @@ def test_help_explains_every_flag(program, capsys):
 
 
 def test_a_machine_without_ascend_is_told_of_the_cpu(monkeypatch):
-    def set_device(name):
-        raise RuntimeError("many\nlines")
-    monkeypatch.setattr(ms, "set_device", set_device)
+    monkeypatch.setattr(ms, "set_device", mock.Mock(side_effect=RuntimeError("many\nlines")))
     assert re.search("Ascend.*--device CPU", fail("train"))
 
 
