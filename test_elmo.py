@@ -49,8 +49,9 @@ FIXTURE = os.path.join(HERE, "..", "shared", "allennlp_fixture")
 # ---- Set-up that tests share -----------------------------------------------------------------------------------------
 
 def write(path, content):
-    """Writes str, bytes, or JSON of a dictionary to a path; returns the path as a str."""
+    """Writes str, bytes, or JSON of a dictionary to a path, whose folder it makes; returns the path as a str."""
     content = json.dumps(content, indent=1) if isinstance(content, dict) else content  # as elmo.py does
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
 
@@ -1277,8 +1278,7 @@ def uninterrupted(text, tmp_path_factory):
 
 def test_a_run_killed_at_eight_places_and_resumed_ends_as_one_that_was_not(text, uninterrupted, fake, monkeypatch):
     out, command, end = Path("model"), training(text, "model"), text.ends[0]
-    out.mkdir()
-    (out / "vocab.1.part").write_text("what a kill at the very start leaves behind")
+    write(out / "vocab.1.part", "what a kill at the very start leaves behind")
     killed(monkeypatch, os, "replace", 1, *command)  # before the vocabulary is there
     killed(monkeypatch, elmo, "write_text", 2, *command)  # before the folder is a run
     fail(*command, "--resume")
@@ -1647,7 +1647,6 @@ def test_sentences_of_prose_end_where_they_should_and_run_over_lines_but_not_ove
 
 
 def test_input_is_files_folders_globs_gz_pipes_and_standard_input_each_read_once(folder, monkeypatch):
-    (folder / "b" / "c").mkdir(parents=True)
     write("a1.txt", "the one")  # without a line end: the next file begins a sentence of its own
     write("a2.txt", "\ufeffthe two\n")
     write("b/z", "the four\n")
@@ -1683,7 +1682,6 @@ def test_lines_of_65536_bytes_stay_whole_and_lines_without_end_do_not_fill_the_m
 
 
 def test_without_input_the_docstrings_of_the_library_are_converted(folder, monkeypatch):
-    (folder / "lib" / "site-packages").mkdir(parents=True)
     write("lib/a.py", '"""The cat sat.\n\n    >>> run()\n    5\n\nOn\nit\n==\nA dog.\n"""\ndef f():\n    "Go"\n')
     write("lib/broken.py", "def (:")
     write("lib/site-packages/b.py", '"""Foreign."""')
@@ -1882,7 +1880,7 @@ def bad(trained, files, exported, h5py):
     folder, words, corpus = trained.folder / "bad", trained.vocabulary.words, Path(trained.corpus.path).read_bytes()
     for name in ("run", "begun", "best_only", "no_run", "arguments", "clip", "swapped", "pickle"):  # to be spoilt
         shutil.copytree(trained.model, folder / name)
-    for name in ("other", "links", "pipes"):
+    for name in ("links", "pipes"):
         (folder / name).mkdir()
     os.symlink("../other", folder / "links" / "up")
     os.mkfifo(folder / "pipes" / "pipe")
@@ -2028,8 +2026,6 @@ README = Path(HERE, "README.md").read_text(encoding="utf-8")
 
 def test_the_programs_of_the_readme_are_short_and_run_as_written(files, tmp_path):
     rng = np.random.default_rng(0)
-    (tmp_path / "brown").mkdir()
-    (tmp_path / "conll").mkdir()
     for path, name in ((files.options, "brown_options.json"), (files.weights, "brown.hdf5")):
         shutil.copy(path, tmp_path)
         shutil.copy(path, tmp_path / name)
