@@ -1604,8 +1604,7 @@ def test_sentences_of_any_length_and_number_equal_numpy_also_with_few_rows_and_s
 
 
 def test_work_that_takes_long_tells_how_far_it_is(monkeypatch, capsys):
-    now = iter(range(0, 1000, 4))
-    monkeypatch.setattr(data.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(data.time, "monotonic", mock.Mock(side_effect=itertools.count(0, 4)))  # 4 s from call to call
     assert list(data.with_progress("abcdefgh", lambda n, seconds: f"{n} in {seconds}")) == list("abcdefgh")
     assert capsys.readouterr().err == "3 in 12\n6 in 24\n"
 
