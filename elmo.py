@@ -329,8 +329,8 @@ def draw_negatives(rng, n, n_classes):
     """
     drawn = np.empty(0, np.int64)
     while True:
-        # For u uniform in [0, 1), the class to draw is the first k for which P(0) + ... + P(k), which is
-        # log(k + 2) / log(n_classes + 1), is more than u. So k + 1 is (n_classes + 1)^u rounded down.
+        # For u uniform in [0, 1), the class to draw is the first k with P(0) + ... + P(k) > u. The sum is log(k + 2) /
+        # log(n_classes + 1), so k + 2 > (n_classes + 1)^u: k + 1 is this power rounded down.
         more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1
         drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
         new = np.sort(np.unique(drawn, return_index=True)[1])  # the draws, in order, that found a class not yet found
@@ -349,11 +349,11 @@ def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, no
     """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit minus its
     log q, and s_k is a negative's logit minus its own log q.
 
-    Why minus log q: let each class j be drawn with probability q(j), independently, and let k be the target. Then the
-    set S of target and negatives comes about with the probability Π_(j in S, j ≠ k) q(j) · Π_(j not in S) (1 - q(j)),
-    whether k is drawn too or not. Among the k of one S it is proportional to 1 / q(k). So, by Bayes' rule, k is the
-    target of S with a probability proportional to p(k) / q(k), where p is the full softmax: that is the softmax, over
-    S, of the logits less log q.
+    Why minus log q? Let p be the full softmax, and take each class j to be drawn by itself with probability q(j). By
+    Bayes' rule, a class k of the set S of target and negatives is its target with a probability proportional to
+    p(k) · P(S | k is the target). For this S all of its classes but k must have been drawn, and none outside it:
+    P(S | k) = Π_(j in S) q(j) / q(k) · Π_(j not in S) (1 - q(j)), which depends on k by the factor 1 / q(k) alone. So
+    the probability is proportional to p(k) / q(k): it is the softmax, over S, of the logits less log q.
 
     y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
     not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
@@ -535,21 +535,19 @@ def make_step(run, tiers):
     It changes, of the `Run` (part 11),
         bilm          the weights of character CNN and LSTMs
         accumulators  Adagrad's sums of their squared gradients
-        tables        Θs, the very W and b of its `Softmax`, and the accumulators of these two
+        tables        W and b of run.softmax (Θs), and the accumulators of these two
         lstm_state    what the LSTMs hand on to the next chunk of their stream
         loss_scaler   with float16, its scale
 
-    The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the classes that the
-    batch names change, as negatives or as targets. Their rows are copied out, updated (`make_update`), and written
-    back. A class that is named twice has two rows, since a graph needs as many rows in each step; but Adagrad must
-    square the sum of its gradients (as in TensorFlow's sparse updates). So the loss reads only one row of each class,
-    the last, and the others have no gradient. places[r] is the last row of row r's class:
-        class  7 2 7 5    as named
-        row    0 1 2 3    copied out for it
-        place  2 1 2 3    the row to read: the whole gradient of class 7 comes together in row 2
-    In the end each row is replaced by the one at its place, row 0 by row 2, so that the rows of a class are equal,
-    whichever of them is written back last. `classes` holds the targets of all workers, so that all have the same rows
-    and average dW row by row.
+    The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the rows of the classes
+    that the batch names as negatives or targets change. They are copied out, updated (`make_update`), and written back:
+        class  7 2 7 5    as the batch names them
+        row    0 1 2 3    copied out for it; the second 7 has one too, since shapes are the same in every step
+        place  2 1 2 3    the last row of this class
+    Adagrad must square the sum of a class's gradients (as in TensorFlow's sparse updates). So the loss reads, for each
+    class, the row at its place: row 2 gets the whole gradient of class 7, row 0 gets none. In the end each row becomes
+    equal to the one at its place, so that it does not matter which row of a class is written back last. `classes` holds
+    the targets of all workers, so that all have the same rows and average dW row by row.
     """
     update = make_update(run, tiers)
 
@@ -558,8 +556,8 @@ def make_step(run, tiers):
         targets = run.workers.gather(tensors.target)  # [workers, 2, n]
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
         places = run.last_places(classes)
-        rows = [ops.gather(table, classes, 0) for table in run.tables]  # not in `update`: that would copy whole tables
-        # rows: of W, b and their accumulators; tensors: the fields of Batch
+        # The rows of W, b and their accumulators. Within `update` MindSpore would copy the whole tables.
+        rows = [ops.gather(table, classes, 0) for table in run.tables]
         loss, norm, run.lstm_state, rows = update(run.lstm_state, places, *rows, *tensors)
         for table, new_rows in zip(run.tables, rows):
             ops.scatter_update(table, classes, new_rows)
@@ -592,7 +590,7 @@ def make_update(run, tiers):
         # bilm-tf differentiates the loss summed over time: its gradients are unroll_steps · g. It clips them by their
         # norm over all parameters together, to unroll_steps · g · min(1, limit / norm).
         norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        if loss_scaler is not None:  # divides all by the scale; after an overflow, gradients of 0 and the old state
+        if loss_scaler is not None:  # undo the scale; after an overflow: norm infinite, gradients 0, the old state
             norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
         scale = o.unroll_steps * ops.minimum(o.all_clip_norm_val / norm, 1.0)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
