@@ -329,8 +329,8 @@ def draw_negatives(rng, n, n_classes):
     """
     drawn = np.empty(0, np.int64)
     while True:
-        # For u uniform in [0, 1), the class to draw is the first k with P(0) + ... + P(k) > u. The sum is log(k + 2) /
-        # log(n_classes + 1), so k + 2 > (n_classes + 1)^u: k + 1 is this power rounded down.
+        # For u uniform in [0, 1), the class to draw is the first k with P(0) + ... + P(k) > u. This sum is log(k + 2) /
+        # log(n_classes + 1). So it is the first k with k + 2 > (n_classes + 1)^u: that power, rounded down, minus 1.
         more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1
         drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
         new = np.sort(np.unique(drawn, return_index=True)[1])  # the draws, in order, that found a class not yet found
@@ -349,11 +349,10 @@ def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, no
     """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit minus its
     log q, and s_k is a negative's logit minus its own log q.
 
-    Why minus log q? Let p be the full softmax, and take each class j to be drawn by itself with probability q(j). By
-    Bayes' rule, a class k of the set S of target and negatives is its target with a probability proportional to
-    p(k) · P(S | k is the target). For this S all of its classes but k must have been drawn, and none outside it:
-    P(S | k) = Π_(j in S) q(j) / q(k) · Π_(j not in S) (1 - q(j)), which depends on k by the factor 1 / q(k) alone. So
-    the probability is proportional to p(k) / q(k): it is the softmax, over S, of the logits less log q.
+    Why minus log q? exp s_k is exp(logit of k) / q(k), so that a class counts for more, the less often it is drawn: on
+    average over the draws, Σ_k exp s_k is the full softmax's sum over all classes. (That the target's logit is treated
+    alike follows from Bayes' rule: a class k of the set of target and negatives is its target with a probability
+    proportional to p(k) / q(k), since of this set it alone need not have been drawn.)
 
     y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
     not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
@@ -540,19 +539,15 @@ def make_step(run, tiers):
         loss_scaler   with float16, its scale
 
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the rows of the classes
-    that the batch names as negatives or targets change. They are copied out, updated (`make_update`), and written back:
-        class  7 2 7 5    as the batch names them
-        row    0 1 2 3    copied out for it; the second 7 has one too, since shapes are the same in every step
-        place  2 1 2 3    the last row of this class
-    Adagrad must square the sum of a class's gradients (as in TensorFlow's sparse updates). So the loss reads, for each
-    class, the row at its place: row 2 gets the whole gradient of class 7, row 0 gets none. In the end each row becomes
-    equal to the one at its place, so that it does not matter which row of a class is written back last. `classes` holds
-    the targets of all workers, so that all have the same rows and average dW row by row.
+    that the batch names as negatives or targets change. They are copied out, updated (`make_update`), and written back.
+    A class that is named twice has two rows among the copies. The loss reads only one of them, the one at its "place",
+    and in the end both become equal to it (why: `Run.last_places`, part 11).
     """
     update = make_update(run, tiers)
 
     def step(batch):
         tensors = Batch(*map(Tensor, batch))
+        # All workers have the same negatives. With the targets of all they have the same rows, and can average dW.
         targets = run.workers.gather(tensors.target)  # [workers, 2, n]
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
         places = run.last_places(classes)
@@ -599,6 +594,7 @@ def make_update(run, tiers):
         dW, db = scale * dW, scale * db
         W_sum, b_sum = W_sum + ops.square(dW), b_sum + ops.square(db)
         W, b = W - o.learning_rate * dW / ops.sqrt(W_sum), b - o.learning_rate * db / ops.sqrt(b_sum)
+        # The rows that the loss read have been updated; those of a class that is named twice become equal.
         return loss, norm, new_state, [ops.gather(x, places, 0) for x in (W, b, W_sum, b_sum)]
 
     return update
@@ -674,7 +670,7 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
         return (*fill_tiers(tiers, chunk.words, chunk.word_index), chunk.target), chunk.valid
 
     def perplexity():
-        # As in bilm-tf, with which the figure is to be compared, a stream's state is never reset here.
+        # Unlike in training, a stream's state is never reset: the figure is to be compared with bilm-tf's.
         total, n, state = np.zeros(2), 0, zero_state(bilm.options, bilm.options.batch_size)
         for arrays, valid in prefetch(chunks(rank=workers.rank, size=workers.size), inputs):
             loss, state = losses(state, *map(Tensor, arrays))
@@ -1201,7 +1197,15 @@ class Run:
         self.n_steps = min(self.epoch_ends[-1], n_steps or self.epoch_ends[-1])
 
     def last_places(self, classes):
-        """The last place at which each of the classes [n] stands in this list, int32 [n]."""
+        """The last place at which each of the classes [n] stands in this list, int32 [n].
+
+        Rows of Θs are copied out for classes, and Adagrad must square the sum of a class's gradients (as TensorFlow's
+        sparse updates do). But shapes are the same in every step, so that a class that is named twice has two rows:
+            class  7 2 7 5
+            row    0 1 2 3
+            place  2 1 2 3
+        When row 2 is read wherever class 7 is meant, it gets the whole gradient of the class, and row 0 gets none.
+        """
         ops.scatter_max(self.last_place, classes, ops.arange(len(classes)).astype(ms.int32))
         places = ops.gather(self.last_place, classes, 0)
         ops.scatter_update(self.last_place, classes, ops.full_like(classes, -1))
