@@ -282,7 +282,7 @@ class BiLM(nn.Cell):
             b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, seq_dim=1, batch_dim=0)
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
         mask = position < n_tokens + 2
-        if not keep_sentence_boundaries:  # cut off <S> and the longest sentences' </S>; the mask makes the others' 0
+        if not keep_sentence_boundaries:  # cut off <S> and the longest sentences' </S>; mask sets other </S> to 0
             layers, mask = [layer[:, 1:-1] for layer in layers], position[:, :-2] < n_tokens
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
@@ -349,10 +349,12 @@ def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, no
     """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit minus its
     log q, and s_k is a negative's logit minus its own log q.
 
-    Why minus log q? exp s_k is exp(logit of k) / q(k), so that a class counts for more, the less often it is drawn: on
-    average over the draws, Σ_k exp s_k is the full softmax's sum over all classes. (That the target's logit is treated
-    alike follows from Bayes' rule: a class k of the set of target and negatives is its target with a probability
-    proportional to p(k) / q(k), since of this set it alone need not have been drawn.)
+    Why minus log q: the loss asks which class of S, the set of target and negatives, is the target. Let p be the full
+    softmax, and take each class j to be drawn with probability q(j), independently (as is nearly so). If k is the
+    target, then all other classes of S must be drawn and none outside S: this has the probability
+    Π_(j in S, j ≠ k) q(j) · Π_(j not in S) (1 - q(j)), which is 1 / q(k) times a factor that is the same for every k of
+    S. So by Bayes' rule the answer is k with a probability proportional to p(k) / q(k): that is the softmax, over S, of
+    the logits less log q.
 
     y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
     not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
@@ -445,7 +447,8 @@ class Batch(NamedTuple):
 
     Of the sentence "cats sleep" the forward direction reads <S> cats sleep and predicts cats sleep </S>, the backward
     one reads </S> sleep cats and predicts sleep cats <S>, both in the same time steps of the same stream: sentences
-    keep their order, each is reversed by itself. (bilm-tf's backward direction reads other text than its forward one.)
+    keep their order, each is reversed by itself, and from the start of one the backward LSTMs go on to the end of the
+    next. (bilm-tf's backward direction reads other text than its forward one.)
     Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
     for words of at most 10 characters, then 100 of at most 50. Thus nearly all batches have the same shapes, and short
     words take little time. (data.fill_tiers finds for each word a row that is long enough; any such row will do.)
@@ -512,8 +515,8 @@ def make_loss(bilm, tiers):
         float16 a number that keeps gradients from underflow; the rest as in `Batch`."""
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
         # bilm-tf's LSTMs begin from zero in the first step and never again; but `Elmo` and `embed` begin each sentence
-        # from zero. So here the state of a stream, of both directions, is set to zero where a chunk happens to begin
-        # with a sentence. (One that begins within a chunk inherits the state of the one before.)
+        # from zero. So that they learn to, here the state of a stream, of both directions, is set to zero where a chunk
+        # happens to begin with a sentence. (Most begin within a chunk, and inherit the state of the one before.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
         outputs, state = bilm.contextualize(x, state, masks=masks)
@@ -540,17 +543,17 @@ def make_step(run, tiers):
 
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the rows of the classes
     that the batch names as negatives or targets change. They are copied out, updated (`make_update`), and written back.
-    A class that is named twice has two rows among the copies. The loss reads only one of them, the one at its "place",
-    and in the end both become equal to it (why: `Run.last_places`, part 11).
+    A class that is named twice has two rows among the copies. The loss reads only the last of them, so that this row
+    gets the whole gradient of the class, which Adagrad squares; in the end the other row becomes equal to it.
     """
     update = make_update(run, tiers)
 
     def step(batch):
         tensors = Batch(*map(Tensor, batch))
-        # All workers have the same negatives. With the targets of all they have the same rows, and can average dW.
+        # The negatives are the same on all workers. With the targets of all of them they all have the same rows.
         targets = run.workers.gather(tensors.target)  # [workers, 2, n]
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
-        places = run.last_places(classes)
+        places = run.last_places(classes)  # of each of the classes: the index of its last row (part 11)
         # The rows of W, b and their accumulators. Within `update` MindSpore would copy the whole tables.
         rows = [ops.gather(table, classes, 0) for table in run.tables]
         loss, norm, run.lstm_state, rows = update(run.lstm_state, places, *rows, *tensors)
@@ -609,8 +612,8 @@ def train(args):
         return
     print(f"{run.n_steps:,} steps of {run.tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-    # How much room the words of a chunk need, by the first chunks. One that needs more gets more rows, which belong to
-    # the last tier (fill_tiers); but a step of another shape must be compiled first.
+    # The first chunks tell how many rows of each length the words of a chunk need. A later chunk that needs more gets
+    # more rows in the last tier (fill_tiers), at the price of a compilation for the new shape.
     tiers = measure_tiers(read_chunks(corpus, run.vocabulary, run.options, run.seed))
     step = make_step(run, tiers)
     perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, run.workers) if heldout else None
@@ -626,7 +629,7 @@ def train(args):
             if log_is_due:
                 run.log_loss(args.out, epoch)  # the sampled loss; waits for the device
             is_best = False
-            if epoch_is_over:  # perplexities are under the full softmax, and so higher than exp of the loss
+            if epoch_is_over:  # perplexities are of the full softmax: a target is told from a sample more easily
                 is_best = perplexity is None or run.log_and_compare(args.out, epoch, perplexity())
             # Several workers ask each other for signals only where they log, as asking takes time.
             stopping = (run.workers.size == 1 or log_is_due) and run.workers.sum([len(signals)])[0] > 0
@@ -952,7 +955,7 @@ def sentence_vectors(embedder, path, tokens_at_once=1 << 15):
             block.append(line.split())
             size += len(block[-1]) + 2
         if block and (line is None or size >= tokens_at_once):
-            for vectors in embedder(block):
+            for vectors in map(np.copy, embedder(block)):  # parts of one array: the last would keep it all in memory
                 yield str(n), vectors
                 n, n_tokens = n + 1, n_tokens + vectors.shape[1]
             speed = n_tokens / (time.perf_counter() - start)

@@ -305,8 +305,8 @@ class FakePerplexity:
 
 
 def fake_embedder(bilm):
-    """In place of the embedder: zeros."""
-    return lambda sentences: [np.zeros((3, len(words), 10), np.float32) for words in sentences]
+    """In place of the embedder: zeros, and as there parts of larger arrays."""
+    return lambda sentences: [np.zeros((3, 2 + len(words), 10), np.float32)[:, 1:-1] for words in sentences]
 
 
 def use_fakes(monkeypatch):
@@ -1567,8 +1567,9 @@ def test_lines_are_numbered_on_from_block_to_block(fake):
     content = "\ufeffa b\n\n \nc\u2028d \x0c e\r f\n" + "g h i\n" * 20  # none but \n ends a line
     write("text.txt", content)
     seen, embedder = [], fake_embedder(None)
-    vectors = elmo.sentence_vectors(lambda block: seen.extend(block) or embedder(block), "text.txt", 10)
+    vectors = list(elmo.sentence_vectors(lambda block: seen.extend(block) or embedder(block), "text.txt", 10))
     assert [name for name, _ in vectors] == [str(k) for k in range(24)]
+    assert all(array.base is None for _, array in vectors)  # each alone: none keeps its block in memory
     assert seen == [["a", "b"], [], [], ["c", "d", "e", "f"]] + 20 * [["g", "h", "i"]]
     write("text.txt", content.encode() + b"\xff\n")
     with pytest.raises(data.InputError, match="line 25 is not UTF-8"):
