@@ -173,16 +173,14 @@ def read_chunks(corpus, vocabulary, options, seed=None, position=None, rank=0, s
 def read_epochs(corpus, seed, epoch, n_read, rank, size):
     """Yields (epoch, how many sentences of it are read, the last one's number, its words), one epoch after the other,
     from where n_read sentences of an epoch are read."""
-    while True:
+    for epoch in [epoch] if seed is None else itertools.count(epoch):
         order = np.arange(corpus.sentences)
         if seed is not None:
             order = np.random.default_rng([seed, epoch]).permutation(order)
         order = order[rank::size][n_read:]
         for n_read, (record, words) in enumerate(zip(order.tolist(), corpus.read(order)), n_read + 1):
             yield epoch, n_read, record, words
-        if seed is None:
-            return
-        epoch, n_read = epoch + 1, 0
+        n_read = 0
 
 
 def prefetch(items, make, n_ahead=4):
