@@ -101,10 +101,6 @@ class Vocabulary:
     def __len__(self):
         return len(self.words)
 
-    def known(self, words):
-        """The words, those outside the vocabulary as <UNK>."""
-        return [word if word in self.index else "<UNK>" for word in words]
-
     def ids(self, words):
         """The ids of words, int32 [words]; that of <UNK> for those outside the vocabulary."""
         get = self.index.get
@@ -654,7 +650,7 @@ def convert(args):
                 text = " ".join(words).encode()
                 part = zlib.crc32(text) < share * 2 ** 32  # so that equal sentences always go the same way
                 writers[part].add(text, len(words))
-                counts[part].update(words if args.build_vocab else vocabulary.known(words))
+                counts[part].update(words if args.build_vocab else filter(vocabulary.index.__contains__, words))
             for writer in writers:
                 writer.finish()
         except RuntimeError:  # MindSpore says no more than the line of its source
@@ -665,8 +661,9 @@ def convert(args):
         for path in reversed(outputs):  # a .db before its MindRecord
             os.replace(drafts[path], path)
     for path, writer, count in zip(records, writers, counts):
-        unknown = sum(n for word, n in count.items() if vocabulary.index.get(word, UNK) == UNK) / writer.tokens
-        print(f"{path}: {writer.sentences:,} sentences, {writer.tokens:,} tokens, {unknown:.2%} out of vocabulary")
+        known = sum(n for word, n in count.items() if vocabulary.index.get(word, UNK) != UNK)
+        print(f"{path}: {writer.sentences:,} sentences, {writer.tokens:,} tokens, "
+              f"{(writer.tokens - known) / writer.tokens:.2%} out of vocabulary")
     print(f"{sum(writer.tokens for writer in writers) / (time.monotonic() - began):,.0f} tokens a second, "
           f"{len(vocabulary):,} words in {args.vocab}")
     order = frequency_order(np.array([counts[0][word] for word in vocabulary.words[len(SPECIAL):]]))

@@ -890,7 +890,6 @@ def test_vocabulary_reads_any_line_ends_and_a_byte_order_mark(folder):
     plain = Vocabulary(Path("vocab"))
     assert len(plain) == 10 and plain.index["the"] == 3
     assert plain.ids(["dog", "cow", "<S>"]).tolist() == [9, data.UNK, 0] and plain.ids([]).dtype == np.int32
-    assert plain.known(["dog", "cow", "<S>"]) == ["dog", "<UNK>", "<S>"]
     content = (folder / "vocab").read_text()
     for name, other in (("no_end", content[:-1]), ("windows", content.replace("\n", "\r\n")),
                         ("mark", "\ufeff" + content), ("packed.gz", gzip.compress(content.encode()))):
@@ -949,7 +948,8 @@ def read_sentences(*arguments, **more):
             if end or forward[-1][1] == "</S>":  # else it goes on beyond the last chunk
                 found.append(words)
                 for steps, text in ((forward, ["<S>", *words, "</S>"]), (backward, ["</S>", *words[::-1], "<S>"])):
-                    assert steps[begin:end] == list(zip(text, vocabulary_of(*VOCABULARY).known(text[1:])))
+                    targets = [word if word in VOCABULARY else "<UNK>" for word in text[1:]]
+                    assert steps[begin:end] == list(zip(text, targets))
     return found
 
 
