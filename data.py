@@ -101,11 +101,6 @@ class Vocabulary:
     def __len__(self):
         return len(self.words)
 
-    def ids(self, words):
-        """The ids of words, int32 [words]; that of <UNK> for those outside the vocabulary."""
-        get = self.index.get
-        return np.array([get(word, UNK) for word in words], np.int32)
-
 
 # ---- 3. Streams: sentences packed end to end, read side by side, cut into chunks of time steps ---------------------
 
@@ -159,7 +154,7 @@ def read_chunks(corpus, vocabulary, options, seed=None, position=None, rank=0, s
         forward, forward_target, backward, backward_target = zip(*steps)  # [streams · steps] each
         index = {}
         word_index = [index.setdefault(word, len(index)) for word in forward + backward]
-        target = vocabulary.ids(forward_target + backward_target)
+        target = [vocabulary.index.get(word, UNK) for word in forward_target + backward_target]
         word_index, target = (np.reshape(x, (2, n_streams, n_steps)).swapaxes(1, 2).astype(np.int32, "C")
                               for x in (word_index, target))
         yield Chunk(list(index), word_index, target, valid.T, word_index[0, 0] == index.get("<S>", -1),
