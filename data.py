@@ -101,15 +101,6 @@ class Vocabulary:
     def __len__(self):
         return len(self.words)
 
-    def known(self, words):
-        """The words, those outside the vocabulary as <UNK>."""
-        return [word if word in self.index else "<UNK>" for word in words]
-
-    def ids(self, words):
-        """The ids of words, int32 [words]; that of <UNK> for those outside the vocabulary."""
-        get = self.index.get
-        return np.array([get(word, UNK) for word in words], np.int32)
-
 
 # ---- 3. Streams: sentences packed end to end, read side by side, cut into chunks of time steps ---------------------
 
@@ -163,7 +154,7 @@ def read_chunks(corpus, vocabulary, options, seed=None, position=None, rank=0, s
         forward, forward_target, backward, backward_target = zip(*steps)  # [streams · steps] each
         index = {}
         word_index = [index.setdefault(word, len(index)) for word in forward + backward]
-        target = vocabulary.ids(forward_target + backward_target)
+        target = [vocabulary.index.get(word, UNK) for word in forward_target + backward_target]
         word_index, target = (np.reshape(x, (2, n_streams, n_steps)).swapaxes(1, 2).astype(np.int32, "C")
                               for x in (word_index, target))
         yield Chunk(list(index), word_index, target, valid.T, word_index[0, 0] == index.get("<S>", -1),
@@ -173,16 +164,14 @@ def read_chunks(corpus, vocabulary, options, seed=None, position=None, rank=0, s
 def read_epochs(corpus, seed, epoch, n_read, rank, size):
     """Yields (epoch, how many sentences of it are read, the last one's number, its words), one epoch after the other,
     from where n_read sentences of an epoch are read."""
-    while True:
+    for epoch in [epoch] if seed is None else itertools.count(epoch):
         order = np.arange(corpus.sentences)
         if seed is not None:
             order = np.random.default_rng([seed, epoch]).permutation(order)
         order = order[rank::size][n_read:]
         for n_read, (record, words) in enumerate(zip(order.tolist(), corpus.read(order)), n_read + 1):
             yield epoch, n_read, record, words
-        if seed is None:
-            return
-        epoch, n_read = epoch + 1, 0
+        n_read = 0
 
 
 def prefetch(items, make, n_ahead=4):
@@ -656,7 +645,7 @@ def convert(args):
                 text = " ".join(words).encode()
                 part = zlib.crc32(text) < share * 2 ** 32  # so that equal sentences always go the same way
                 writers[part].add(text, len(words))
-                counts[part].update(words if args.build_vocab else vocabulary.known(words))
+                counts[part].update(words if args.build_vocab else filter(vocabulary.index.__contains__, words))
             for writer in writers:
                 writer.finish()
         except RuntimeError:  # MindSpore says no more than the line of its source
@@ -667,8 +656,9 @@ def convert(args):
         for path in reversed(outputs):  # a .db before its MindRecord
             os.replace(drafts[path], path)
     for path, writer, count in zip(records, writers, counts):
-        unknown = sum(n for word, n in count.items() if vocabulary.index.get(word, UNK) == UNK) / writer.tokens
-        print(f"{path}: {writer.sentences:,} sentences, {writer.tokens:,} tokens, {unknown:.2%} out of vocabulary")
+        known = sum(n for word, n in count.items() if vocabulary.index.get(word, UNK) != UNK)
+        print(f"{path}: {writer.sentences:,} sentences, {writer.tokens:,} tokens, "
+              f"{(writer.tokens - known) / writer.tokens:.2%} out of vocabulary")
     print(f"{sum(writer.tokens for writer in writers) / (time.monotonic() - began):,.0f} tokens a second, "
           f"{len(vocabulary):,} words in {args.vocab}")
     order = frequency_order(np.array([counts[0][word] for word in vocabulary.words[len(SPECIAL):]]))
