@@ -339,17 +339,10 @@ def killed(monkeypatch, place, name, times, *command, program=elmo):
 
 
 # ---- The model once more, in plain numpy: one word, one time step after the other, in float64 ------------------------
+# complex_step_gradient runs it on complex numbers, which np.max, np.maximum and np.clip order by their real parts.
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
-
-
-def relu(x):
-    return np.where(x.real > 0, x, 0)  # .real: also for complex numbers, see complex_step_gradient
-
-
-def clip(x, limit):
-    return np.where(np.abs(x.real) < limit, x, np.sign(x.real) * limit)
 
 
 def numpy_encoder(chars, w, o):
@@ -362,10 +355,10 @@ def numpy_encoder(chars, w, o):
         scores = [sum(embedded[..., p + n, :] @ kernel[n] for n in range(width)) for p in range(50 - width + 1)]
         features.append(np.max(scores, axis=0) + w[f"CNN/b_cnn_{k}"])
     x = np.concatenate(features, -1)
-    x = relu(x) if o.activation == "relu" else np.tanh(x)
+    x = np.maximum(x, 0) if o.activation == "relu" else np.tanh(x)
     for k in range(o.n_highway):
         g = sigmoid(x @ w[f"CNN_high_{k}/W_carry"] + w[f"CNN_high_{k}/b_carry"])
-        x = g * relu(x @ w[f"CNN_high_{k}/W_transform"] + w[f"CNN_high_{k}/b_transform"]) + (1 - g) * x
+        x = g * np.maximum(x @ w[f"CNN_high_{k}/W_transform"] + w[f"CNN_high_{k}/b_transform"], 0) + (1 - g) * x
     return x @ w["CNN_proj/W_proj"] + w["CNN_proj/b_proj"]
 
 
@@ -374,8 +367,8 @@ def numpy_lstm(x, h, c, W, B, W_P, cell_clip, proj_clip):
     hs, cs = [], []
     for x_t in x:
         i, j, f, o = np.split(np.concatenate((x_t, h), -1) @ W + B, 4, -1)
-        c = clip(sigmoid(f + 1) * c + sigmoid(i) * np.tanh(j), cell_clip)
-        h = clip(sigmoid(o) * np.tanh(c) @ W_P, proj_clip)
+        c = np.clip(sigmoid(f + 1) * c + sigmoid(i) * np.tanh(j), -cell_clip, cell_clip)
+        h = np.clip(sigmoid(o) * np.tanh(c) @ W_P, -proj_clip, proj_clip)
         hs, cs = hs + [h], cs + [c]
     return np.array(hs), np.array(cs)
 
