@@ -423,23 +423,19 @@ def numpy_mix(layers, w, gamma):
     return gamma * sum(s_j * h for s_j, h in zip(s, layers))
 
 
-def complex_step_gradient(loss, w, rows=None):
+def complex_step_gradient(loss, w, words=()):
     """The gradient of loss(w), w a dict of arrays, correct to the last digits: Im loss(w + ih) / h.
 
-    rows: of char_embed, those that the loss can depend on (None: all)."""
+    words: all that the loss reads; it depends on no other rows of char_embed than theirs."""
+    rows = {n - 1 for word in words for n in char_ids(word)}
     gradient = {name: np.zeros(array.shape) for name, array in w.items()}
     for name, array in w.items():
         for index in np.ndindex(array.shape):
-            if name != "char_embed" or rows is None or index[0] in rows:
+            if name != "char_embed" or index[0] in rows:
                 moved = array.astype(complex)
                 moved[index] += 1e-30j
                 gradient[name][index] = loss({**w, name: moved}).imag / 1e-30
     return gradient
-
-
-def letters(*words):
-    """The rows of char_embed that words need."""
-    return {n - 1 for word in words for n in char_ids(word)}
 
 
 # ---- 1. Options (section 3.4) ----------------------------------------------------------------------------------------
@@ -513,8 +509,7 @@ def test_the_gradient_of_the_character_encoder_is_right_for_every_weight_at_ever
     for seed, words in enumerate((["a", "it", "x" * 60, "naïve"], ["on", "I", "cats", "y" * 48], list("uvw") + ["no"])):
         randomize(encoder, seed)
         chars, _ = fill_tiers(tiers, words, np.arange(4))
-        expected = complex_step_gradient(lambda w: (numpy_encoder(chars, w, o) * dy).sum(), weights(encoder),
-                                         letters(*words))
+        expected = complex_step_gradient(lambda w: (numpy_encoder(chars, w, o) * dy).sum(), weights(encoder), words)
         for p, actual in zip(parameters, gradient(Tensor(chars), Tensor(dy))):
             close(actual, expected[p.name])
         all_expected.append(expected)
@@ -608,7 +603,7 @@ def test_the_gradient_of_a_ragged_batch_is_that_of_each_sentence_alone_and_the_s
 
     def numpy_loss(w):
         return sum((numpy_layers(words, w, o)[0] * dy[:, k, :len(words)]).sum() for k, words in enumerate(sentences))
-    expected = complex_step_gradient(numpy_loss, weights(bilm), letters("a", "cat", "b", "<S>", "</S>"))
+    expected = complex_step_gradient(numpy_loss, weights(bilm), ["a", "cat", "b", "<S>", "</S>"])
 
     def loss(ids):
         layers, _, state = bilm(ids)
@@ -1106,7 +1101,7 @@ def check_trajectory(run, n_steps, monkeypatch):
         # A sentence that begins the chunk is read from zero.
         state = state * (np.array(chunk.words)[chunk.word_index[0, 0]] != "<S>")[:, None]
         loss_of = functools.partial(numpy_training_loss, o=o, chunk=chunk, batch=batch, state=state)
-        gradient = complex_step_gradient(lambda w: loss_of(w)[0], w, letters("<S>", "</S>", *sum(sentences, [])))
+        gradient = complex_step_gradient(lambda w: loss_of(w)[0], w, ["<S>", "</S>", *sum(sentences, [])])
         loss, state = loss_of(w)
         norm = math.sqrt(sum(((o.unroll_steps * g) ** 2).sum() for g in gradient.values()))
         for name, g in gradient.items():
