@@ -75,17 +75,14 @@ def close(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
-def options(**changes):
-    """The options of a model that is tiny but has everything, both clips included."""
-    tiny = dict(filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5, cell_clip=0.5,
-                proj_clip=0.3, dropout=0.0, batch_size=3, unroll_steps=4, n_negative_samples_batch=6)
-    return elmo.Options(**{**tiny, **changes})
+# The options of a model that is tiny but has everything, both clips included; a call may change any of them.
+options = functools.partial(
+    elmo.Options, filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5, cell_clip=0.5,
+    proj_clip=0.3, dropout=0.0, batch_size=3, unroll_steps=4, n_negative_samples_batch=6)
 
-
-def tiny_options(**changes):
-    """Smaller still: numpy computes its gradient weight by weight."""
-    return options(**{**dict(filters=((1, 1), (2, 2)), char_dim=2, dim=3, projection=2, batch_size=2, unroll_steps=3,
-                             cell_clip=0.5, proj_clip=0.25), **changes})
+# Smaller still: numpy computes its gradient weight by weight.
+tiny_options = functools.partial(options, filters=((1, 1), (2, 2)), char_dim=2, dim=3, projection=2, batch_size=2,
+                                 unroll_steps=3, proj_clip=0.25)
 
 
 def randomize(cell, seed=0, scale=0.5):
