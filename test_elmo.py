@@ -71,7 +71,6 @@ def folder(tmp_path, monkeypatch):
 
 
 def close(actual, expected, tolerance=1e-5):
-    actual = actual.asnumpy() if isinstance(actual, Tensor) else actual
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
