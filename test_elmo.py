@@ -94,8 +94,7 @@ def randomize(cell, seed=0, scale=0.5):
 
 def weights(*cells):
     """The parameters of cells in float64, by their published names."""
-    parameters = itertools.chain(*(cell.get_parameters() for cell in cells))
-    return {p.name.rpartition(".")[2]: p.asnumpy().astype(np.float64) for p in parameters}
+    return {p.name.rpartition(".")[2]: p.asnumpy().astype(np.float64) for cell in cells for p in cell.get_parameters()}
 
 
 def random(*shape, seed=0, scale=1.0):
