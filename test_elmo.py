@@ -73,21 +73,17 @@ def folder(tmp_path, monkeypatch):
 
 
 def close(actual, expected, tolerance=1e-5):
-    actual = actual.asnumpy() if isinstance(actual, Tensor) else actual
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
-def options(**changes):
-    """The options of a model that is tiny but has everything, both clips included."""
-    tiny = dict(filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5, cell_clip=0.5,
-                proj_clip=0.3, dropout=0.0, batch_size=3, unroll_steps=4, n_negative_samples_batch=6)
-    return elmo.Options(**{**tiny, **changes})
+# The options of a model that is tiny but has everything, both clips included; a call may change any of them.
+options = functools.partial(
+    elmo.Options, filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5, cell_clip=0.5,
+    proj_clip=0.3, dropout=0.0, batch_size=3, unroll_steps=4, n_negative_samples_batch=6)
 
-
-def tiny_options(**changes):
-    """Smaller still: numpy computes its gradient weight by weight."""
-    return options(**{**dict(filters=((1, 1), (2, 2)), char_dim=2, dim=3, projection=2, batch_size=2, unroll_steps=3,
-                             cell_clip=0.5, proj_clip=0.25), **changes})
+# Smaller still: numpy computes its gradient weight by weight.
+tiny_options = functools.partial(options, filters=((1, 1), (2, 2)), char_dim=2, dim=3, projection=2, batch_size=2,
+                                 unroll_steps=3, proj_clip=0.25)
 
 
 def randomize(cell, seed=0, scale=0.5):
@@ -100,8 +96,7 @@ def randomize(cell, seed=0, scale=0.5):
 
 def weights(*cells):
     """The parameters of cells in float64, by their published names."""
-    parameters = itertools.chain(*(cell.get_parameters() for cell in cells))
-    return {p.name.rpartition(".")[2]: p.asnumpy().astype(np.float64) for p in parameters}
+    return {p.name.rpartition(".")[2]: p.asnumpy().astype(np.float64) for cell in cells for p in cell.get_parameters()}
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -341,17 +336,10 @@ def killed(monkeypatch, place, name, times, *command, program=elmo):
 
 
 # ---- The model once more, in plain numpy: one word, one time step after the other, in float64 ------------------------
+# complex_step_gradient runs it on complex numbers, which np.max, np.maximum and np.clip order by their real parts.
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
-
-
-def relu(x):
-    return np.where(x.real > 0, x, 0)  # .real: also for complex numbers, see complex_step_gradient
-
-
-def clip(x, limit):
-    return np.where(np.abs(x.real) < limit, x, np.sign(x.real) * limit)
 
 
 def numpy_encoder(chars, w, o):
@@ -364,10 +352,10 @@ def numpy_encoder(chars, w, o):
         scores = [sum(embedded[..., p + n, :] @ kernel[n] for n in range(width)) for p in range(50 - width + 1)]
         features.append(np.max(scores, axis=0) + w[f"CNN/b_cnn_{k}"])
     x = np.concatenate(features, -1)
-    x = relu(x) if o.activation == "relu" else np.tanh(x)
+    x = np.maximum(x, 0) if o.activation == "relu" else np.tanh(x)
     for k in range(o.n_highway):
         g = sigmoid(x @ w[f"CNN_high_{k}/W_carry"] + w[f"CNN_high_{k}/b_carry"])
-        x = g * relu(x @ w[f"CNN_high_{k}/W_transform"] + w[f"CNN_high_{k}/b_transform"]) + (1 - g) * x
+        x = g * np.maximum(x @ w[f"CNN_high_{k}/W_transform"] + w[f"CNN_high_{k}/b_transform"], 0) + (1 - g) * x
     return x @ w["CNN_proj/W_proj"] + w["CNN_proj/b_proj"]
 
 
@@ -376,8 +364,8 @@ def numpy_lstm(x, h, c, W, B, W_P, cell_clip, proj_clip):
     hs, cs = [], []
     for x_t in x:
         i, j, f, o = np.split(np.concatenate((x_t, h), -1) @ W + B, 4, -1)
-        c = clip(sigmoid(f + 1) * c + sigmoid(i) * np.tanh(j), cell_clip)
-        h = clip(sigmoid(o) * np.tanh(c) @ W_P, proj_clip)
+        c = np.clip(sigmoid(f + 1) * c + sigmoid(i) * np.tanh(j), -cell_clip, cell_clip)
+        h = np.clip(sigmoid(o) * np.tanh(c) @ W_P, -proj_clip, proj_clip)
         hs, cs = hs + [h], cs + [c]
     return np.array(hs), np.array(cs)
 
@@ -432,23 +420,19 @@ def numpy_mix(layers, w, gamma):
     return gamma * sum(s_j * h for s_j, h in zip(s, layers))
 
 
-def complex_step_gradient(loss, w, rows=None):
+def complex_step_gradient(loss, w, words=()):
     """The gradient of loss(w), w a dict of arrays, correct to the last digits: Im loss(w + ih) / h.
 
-    rows: of char_embed, those that the loss can depend on (None: all)."""
+    words: all that the loss reads; it depends on no other rows of char_embed than theirs."""
+    rows = {n - 1 for word in words for n in char_ids(word)}
     gradient = {name: np.zeros(array.shape) for name, array in w.items()}
     for name, array in w.items():
         for index in np.ndindex(array.shape):
-            if name != "char_embed" or rows is None or index[0] in rows:
+            if name != "char_embed" or index[0] in rows:
                 moved = array.astype(complex)
                 moved[index] += 1e-30j
                 gradient[name][index] = loss({**w, name: moved}).imag / 1e-30
     return gradient
-
-
-def letters(*words):
-    """The rows of char_embed that words need."""
-    return {n - 1 for word in words for n in char_ids(word)}
 
 
 # ---- 1. Options (section 3.4) ----------------------------------------------------------------------------------------
@@ -522,8 +506,7 @@ def test_the_gradient_of_the_character_encoder_is_right_for_every_weight_at_ever
     for seed, words in enumerate((["a", "it", "x" * 60, "naïve"], ["on", "I", "cats", "y" * 48], list("uvw") + ["no"])):
         randomize(encoder, seed)
         chars, _ = fill_tiers(tiers, words, np.arange(4))
-        expected = complex_step_gradient(lambda w: (numpy_encoder(chars, w, o) * dy).sum(), weights(encoder),
-                                         letters(*words))
+        expected = complex_step_gradient(lambda w: (numpy_encoder(chars, w, o) * dy).sum(), weights(encoder), words)
         for p, actual in zip(parameters, gradient(Tensor(chars), Tensor(dy))):
             close(actual, expected[p.name])
         all_expected.append(expected)
@@ -617,7 +600,7 @@ def test_the_gradient_of_a_ragged_batch_is_that_of_each_sentence_alone_and_the_s
 
     def numpy_loss(w):
         return sum((numpy_layers(words, w, o)[0] * dy[:, k, :len(words)]).sum() for k, words in enumerate(sentences))
-    expected = complex_step_gradient(numpy_loss, weights(bilm), letters("a", "cat", "b", "<S>", "</S>"))
+    expected = complex_step_gradient(numpy_loss, weights(bilm), ["a", "cat", "b", "<S>", "</S>"])
 
     def loss(ids):
         layers, _, state = bilm(ids)
@@ -1115,7 +1098,7 @@ def check_trajectory(run, n_steps, monkeypatch):
         # A sentence that begins the chunk is read from zero.
         state = state * (np.array(chunk.words)[chunk.word_index[0, 0]] != "<S>")[:, None]
         loss_of = functools.partial(numpy_training_loss, o=o, chunk=chunk, batch=batch, state=state)
-        gradient = complex_step_gradient(lambda w: loss_of(w)[0], w, letters("<S>", "</S>", *sum(sentences, [])))
+        gradient = complex_step_gradient(lambda w: loss_of(w)[0], w, ["<S>", "</S>", *sum(sentences, [])])
         loss, state = loss_of(w)
         norm = math.sqrt(sum(((o.unroll_steps * g) ** 2).sum() for g in gradient.values()))
         for name, g in gradient.items():
