@@ -78,7 +78,7 @@ class Options:
     dropout: float = 0.1                 # of the input of each LSTM layer and of the last one's output
     batch_size: int = 128                # streams of text, read side by side by each device
     unroll_steps: int = 20               # tokens of each stream in a training step; gradients stop there, states do not
-    sample_softmax: bool = True          # False: train with the full softmax
+    sample_softmax: bool = True          # False: train with the full softmax, for small vocabularies
     n_negative_samples_batch: int = 8192
     all_clip_norm_val: float = 10.0      # limit of the norm of unroll_steps · the gradient (see `make_update`)
     learning_rate: float = 0.2           # of Adagrad
@@ -476,7 +476,7 @@ def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
         negatives = np.stack([classes for classes, _ in samples])
         n_draws = np.array([[count] for _, count in samples])  # [2, 1]
         target_log_q, negative_log_q = (log_expected_count(k, n_draws, n_classes) for k in (target, negatives))
-    else:  # the full softmax is the sampled one with every class drawn, for sure: q = 1. For small vocabularies only
+    else:  # the full softmax is the sampled one with every class drawn, for sure: q = 1, and each target is a negative
         negatives = np.tile(np.arange(n_classes), (2, 1))
         target_log_q, negative_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
     chars, word_index = fill_tiers(tiers, chunk.words, chunk.word_index)
