@@ -629,7 +629,7 @@ def train(args):
             if log_is_due:
                 run.log_loss(args.out, epoch)  # the sampled loss; waits for the device
             is_best = False
-            if epoch_is_over:  # perplexities are of the full softmax: a target is told from a sample more easily
+            if epoch_is_over:  # of the full softmax, so higher than exp of the loss: a sample holds fewer rivals
                 is_best = perplexity is None or run.log_and_compare(args.out, epoch, perplexity())
             # Several workers ask each other for signals only where they log, as asking takes time.
             stopping = (run.workers.size == 1 or log_is_due) and run.workers.sum([len(signals)])[0] > 0
@@ -1083,10 +1083,14 @@ def import_h5py(path):
 def open_arrays(path):
     """Opens a .npz or .hdf5 file -> the names in it, and a function that reads the array of a name."""
     if os.fspath(path).endswith(".npz"):
-        with np.load(path, allow_pickle=False) as archive:
-            if archive.zip.testzip():  # numpy alone compares no checksum where a damaged header hides an array's end
-                raise ValueError("a wrong checksum")
-            yield archive.files, archive.__getitem__
+        with zipfile.ZipFile(path) as archive:
+            def read(name):
+                with archive.open(name + ".npy") as member:
+                    array = np.lib.format.read_array(member, allow_pickle=False)
+                    if member.read(1):  # at the end its checksum is compared
+                        raise ValueError(f"{name} is longer than it says")
+                    return array
+            yield [name[:-len(".npy")] for name in archive.namelist()], read
     else:
         h5py, names = import_h5py(path), []
         with h5py.File(path, "r") as file:
