@@ -1719,7 +1719,7 @@ def test_heldout_sentences_are_a_fixed_share_never_in_both_and_not_counted_in_th
     assert set(sentences_of("heldout.mindrecord")) == heldout
 
 
-def test_a_mindrecord_opens_moved_and_through_links_but_not_damaged_or_replaced(folder):
+def test_a_mindrecord_opens_moved_and_through_links_but_not_damaged_renamed_replaced_or_removed(folder):
     write("a.txt", "the cat sat .\n" * 500)
     convert("--input", "a.txt")
     for end, start, stop, content in (  # what stands there instead
@@ -1750,6 +1750,12 @@ def test_a_mindrecord_opens_moved_and_through_links_but_not_damaged_or_replaced(
     assert sentences_of() == ["on the mat"] * 500
     with pytest.raises(data.InputError, match="can no longer be read"):
         list(opened.read([0]))
+    with pytest.raises(data.InputError, match="old.mindrecord: was written as train.mindrecord"):
+        data.Corpus("old.mindrecord")
+    for name in ("train.mindrecord.db", "train.mindrecord"):
+        os.remove(name)
+        with pytest.raises(data.InputError, match=f"{name}: no such file"):
+            data.Corpus("train.mindrecord")
 
 
 def test_a_program_that_is_stopped_or_lacks_memory_or_disk_is_one_line_and_cleans_up(trained, folder, monkeypatch):
