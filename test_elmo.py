@@ -1383,10 +1383,13 @@ def test_a_large_array_with_a_damaged_header_is_not_read_from_the_wrong_place(tm
         elmo.load_weights(path, softmax.get_parameters())
 
 
+FULL_DISK = types.SimpleNamespace(free=1 << 20)
+
+
 def test_a_full_disk_is_one_line_and_leaves_what_there_was(trained, h5py, fake, monkeypatch):
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     write("in.txt", "the cat\n")
-    monkeypatch.setattr(elmo, "has_room", lambda path, size: False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: FULL_DISK)
     for command in ("embed --input in.txt --output new.hdf5", "export --weights new.hdf5"):
         error = fail(*command.split(), "--device", "CPU", "--out", trained.model)
         assert "new.hdf5: could not be written (No space left on device)" in error and os.listdir() == ["in.txt"]
@@ -1765,7 +1768,7 @@ def test_a_program_that_is_stopped_or_lacks_memory_or_disk_is_one_line_and_clean
     assert not os.path.exists("train.mindrecord")  # which is the one that is not opened
     os.remove("train.mindrecord.db")
     before = tree(folder)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: FULL_DISK)
     line = fail("--input", "a.txt", program=data)
     assert line == "data.py: error: train.mindrecord: could not be written; is the disk full?\n"
     assert tree(folder) == before
