@@ -550,7 +550,7 @@ def make_step(run, tiers):
 
     def step(batch):
         tensors = Batch(*map(Tensor, batch))
-        # The negatives are the same on all workers. With the targets of all of them they all have the same rows.
+        # The negatives are the same on all workers. With the targets of all, all have the same rows and can average dW.
         targets = run.workers.gather(tensors.target)  # [workers, 2, n]
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
         places = run.last_places(classes)  # of each of the classes: the index of its last row (part 11)
