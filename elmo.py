@@ -19,7 +19,8 @@ TensorFlow.
 For readers of PyTorch: an nn.Cell is a Module and its construct is forward; a ParameterTuple is a ParameterList;
 ms.jit compiles a function to a static graph; ms.value_and_grad(f, positions, weights, has_aux=True) gives what f
 returns, and the gradients of the first result by the arguments at these positions and by the weights; a cell's bprop,
-where there is one, is its own backward pass; ops.gather_d is torch.gather.
+where there is one, is its own backward pass; ops.gather_d is torch.gather; ops.scatter_add(p, rows, d)
+is p.index_add_(0, rows, d).
 
 `matmul`, `bias_add` (x + b), `log`, `tanh`, `log_sum_exp(y, W, b)` (log Σ_k exp(y · W_k + b_k)), `compiled` and
 `parameter` are what their names say (part 8). `make_matmul(amp)` returns the product of matrices in the type amp (None:
@@ -80,7 +81,7 @@ class Options:
     unroll_steps: int = 20               # tokens of each stream in a training step; gradients stop there, states do not
     sample_softmax: bool = True          # False: train with the full softmax, for small vocabularies
     n_negative_samples_batch: int = 8192
-    all_clip_norm_val: float = 10.0      # limit of the norm of unroll_steps · the gradient (see `make_update`)
+    all_clip_norm_val: float = 10.0      # limit of the norm of unroll_steps · gradient: bilm-tf sums over time
     learning_rate: float = 0.2           # of Adagrad
     n_tokens_vocab: int = 0              # the vocabulary file decides
 
@@ -92,7 +93,8 @@ class Options:
 
 class CharEncoder(nn.Cell):
     """"... a context-independent token representation x_k^LM (via token embeddings or a CNN over characters)" (section
-    3.1). The biLM's is `FastCharEncoder` (part 8), which computes the same features in less time."""
+    3.1). The biLM's is `FastCharEncoder` (part 8), which computes the same features in less time: where only padding is
+    left of a word all positions score the same, so that one of them is enough."""
 
     def __init__(self, options, rng, amp=None):
         super().__init__()
@@ -104,6 +106,7 @@ class CharEncoder(nn.Cell):
         self.matmul = make_matmul(amp)
         self.activation = ops.relu if o.activation == "relu" else tanh
         self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # 256 bytes and 5 marks
+        # [1, width, char_dim, n] is the shape that TensorFlow's conv2d takes.
         self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", initial_filters(1, width, o.char_dim, n))
                                         for k, (width, n) in enumerate(o.filters)])
         self.b_cnn = ms.ParameterTuple([parameter(f"CNN/b_cnn_{k}", np.zeros(n)) for k, (_, n) in enumerate(o.filters)])
@@ -114,6 +117,7 @@ class CharEncoder(nn.Cell):
                         parameter(name + "W_transform", normal(n_filters, n_filters)),
                         parameter(name + "b_transform", np.zeros(n_filters))]
         self.highway = ms.ParameterTuple(highway)
+        # Always there. bilm-tf leaves it out where it would not change the size; such a model cannot be read here.
         self.projection = ms.ParameterTuple([parameter("CNN_proj/W_proj", normal(n_filters, o.projection)),
                                              parameter("CNN_proj/b_proj", np.zeros(o.projection))])
 
@@ -121,9 +125,8 @@ class CharEncoder(nn.Cell):
         """chars int32 [words, 50] -> x_k [words, projection].
 
         chars, see data.char_ids: 1 to 256 are bytes, 257 and 258 stand for <S> and </S>, 259 and 260 for a word's begin
-        and end; 261 is padding, and embedded like any other; 0 is no word, and embedded as zeros. tiers is for
-        `FastCharEncoder` alone: ((800, 10), (100, 50)) says that the first 800 words have at most 10 characters, the
-        next 100 at most 50.
+        and end; 261 is padding, and embedded like any other; 0 is no word, and embedded as zeros. tiers, how
+        words are grouped by length (see `Batch`), is for `FastCharEncoder` alone.
         """
         embedding = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # [262, char_dim]
         x = self.features(embedding, chars, tiers)  # [words, filters]
@@ -168,8 +171,8 @@ class Recurrence(nn.Cell):
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
-        W_P [dim, projection] -> four things, each of all time steps: h, stacked, [time, batch, projection]; h and c as
-        tuples; and what else the backward pass of `FastRecurrence` needs."""
+        W_P [dim, projection] -> of all time steps: h stacked, [time, batch, projection]; a tuple of the same h; one of
+        the c; one of what else the backward pass of `FastRecurrence` needs."""
         hs, cs, saved = (), (), ()
         for x_t in ops.unstack(x):  # x[t] would be slow
             gates = bias_add(self.matmul(ops.concat((x_t, h), 1), W), B)  # [batch, 4 dim]
@@ -183,13 +186,14 @@ class Recurrence(nn.Cell):
 
 
 class ProjectedLSTM(nn.Cell):
-    """One direction of one layer with its weights, which begin Glorot-uniform, biases 0 (bilm-tf)."""
+    """One direction of one layer with its weights, which begin Glorot-uniform, biases 0 (bilm-tf).
+    The projection is always there; bilm-tf's models that lack it, as it would not reduce the size, cannot be read."""
 
     def __init__(self, name, options, rng, recurrence):
         super().__init__()
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        # In a tuple they keep these names, which are bilm-tf's. As attributes, say self.W, they would lose them when
-        # this cell becomes part of another: MindSpore would call them W.
+        # A Parameter has a name, here bilm-tf's. A ParameterTuple leaves it as it is; as attributes, say self.W, they
+        # would be renamed W when this cell becomes part of another.
         self.weights = ms.ParameterTuple([
             parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
             parameter(name + "B", np.zeros(4 * options.dim)),
@@ -282,8 +286,8 @@ class BiLM(nn.Cell):
             b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, seq_dim=1, batch_dim=0)
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
         mask = position < n_tokens + 2
-        if not keep_sentence_boundaries:  # cut off <S> and the longest sentences' </S>; mask sets other </S> to 0
-            layers, mask = [layer[:, 1:-1] for layer in layers], position[:, :-2] < n_tokens
+        if not keep_sentence_boundaries:  # cut off <S> and the longest sentence's </S>; other </S> are beyond the mask,
+            layers, mask = [layer[:, 1:-1] for layer in layers], mask[:, 2:]  # which is true 2 times less for each
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
 
@@ -330,7 +334,7 @@ def draw_negatives(rng, n, n_classes):
     drawn = np.empty(0, np.int64)
     while True:
         # For u uniform in [0, 1), the class to draw is the first k with P(0) + ... + P(k) > u. This sum is log(k + 2) /
-        # log(n_classes + 1). So it is the first k with k + 2 > (n_classes + 1)^u: that power, rounded down, minus 1.
+        # log(n_classes + 1). So k + 2 is the first integer above (n_classes + 1)^u: that power, rounded down, plus 1.
         more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1
         drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
         new = np.sort(np.unique(drawn, return_index=True)[1])  # the draws, in order, that found a class not yet found
@@ -340,28 +344,27 @@ def draw_negatives(rng, n, n_classes):
 
 def log_expected_count(k, n_draws, n_classes):
     """log q(k) for classes k, an array: q(k) = 1 - (1 - P(k))^n_draws, P as in `draw_negatives`, is the probability
-    that n_draws draws hold class k; since it is a negative at most once, that is its expected count, too."""
+    that n_draws draws hold class k, and since k is a negative at most once, its expected count, too. (TensorFlow's
+    approximation: in fact the number of draws is random.)"""
     p = np.log((k + 2) / (k + 1)) / np.log(n_classes + 1)
     return np.log(-np.expm1(n_draws * np.log1p(-p)))
 
 
-def sampled_softmax(y, W, b, target, negatives, target_log_q, negative_log_q, not_drawn):
+def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_q, negative_log_q, not_drawn):
     """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit minus its
     log q, and s_k is a negative's logit minus its own log q.
 
-    Why minus log q: the loss asks which class of S, the set of target and negatives, is the target. Let p be the full
-    softmax, and take each class j to be drawn with probability q(j), independently (as is nearly so). If k is the
-    target, then all other classes of S must be drawn and none outside S: this has the probability
-    Π_(j in S, j ≠ k) q(j) · Π_(j not in S) (1 - q(j)), which is 1 / q(k) times a factor that is the same for every k of
-    S. So by Bayes' rule the answer is k with a probability proportional to p(k) / q(k): that is the softmax, over S, of
-    the logits less log q.
+    A class that is drawn often is often a wrong answer, so that the logits alone would learn log p(k) - log q(k). With
+    log q subtracted, be k the target or a negative, they learn log p(k), as under the full softmax (README,
+    "Questions", has the proof).
 
-    y [n, projection]; W [classes, projection], b [classes]; target int32 [n], negatives int32 [N], and their log q.
-    not_drawn [n] is 1; but where the target is itself one of the negatives (an "accidental hit"), the sum over them
-    holds its exp t already, and not_drawn is 0. (TensorFlow drops that negative instead, for the same sum.)
+    y [n, projection]; rows of Θs: W_target [n, projection], b_target [n], W_negatives [N, projection], b_negatives [N];
+    log q of the classes, [n] and [N]. not_drawn [n] is 1; but where the target is itself one of the negatives (an
+    "accidental hit"), the sum over them holds its exp t already, and not_drawn is 0. (TensorFlow drops that negative
+    instead, for the same sum.)
     """
-    t = (y * W[target]).sum(1) + b[target] - target_log_q  # [n]
-    log_sum = log_sum_exp(y, W[negatives], b[negatives] - negative_log_q)  # [n], log Σ_k exp s_k
+    t = (y * W_target).sum(1) + b_target - target_log_q  # [n]
+    log_sum = log_sum_exp(y, W_negatives, b_negatives - negative_log_q)  # [n], log Σ_k exp s_k
     m = ops.stop_gradient(ops.maximum(log_sum, t))  # so that no exp overflows
     return (log(ops.exp(log_sum - m) + not_drawn * ops.exp(t - m)) + m - t).mean()
 
@@ -404,9 +407,9 @@ def layer_norm(h):
 
 
 class Elmo(nn.Cell):
-    """ELMo vectors as a layer of a task's network, with the arguments of AllenNLP's `Elmo`. It is for the network to
-    "concatenate the ELMo vector ELMo_k^task with x_k", here its own embedding of the token, "and pass the ELMo enhanced
-    representation [x_k; ELMo_k^task] into the task RNN" (section 3.3).
+    """ELMo vectors as a layer of a task's network, with the arguments of AllenNLP's `Elmo` but `module`. It is for the
+    network to "concatenate the ELMo vector ELMo_k^task with x_k", here its own embedding of the token, "and pass the
+    ELMo enhanced representation [x_k; ELMo_k^task] into the task RNN" (section 3.3).
 
     options_file, weight_file: see `BiLM`; num_output_representations: how many mixes of the layers, each with its own s
     and γ; requires_grad: train the biLM too; do_layer_norm: see `layer_norm`; dropout: of the vectors, in training mode
@@ -435,7 +438,7 @@ class Elmo(nn.Cell):
         """ids int [batch, tokens, 50] from `data.batch_to_ids` -> {'elmo_representations': one [batch, tokens,
         2 · projection] for each mix, 'mask': bool [batch, tokens]}; with sentence boundaries, tokens + 2."""
         layers, mask, _ = self.bilm(ids, None, self.keep_sentence_boundaries)
-        if not self.requires_grad:  # "we first freeze the weights of the biLM" (3.3): no gradient goes into it
+        if not self.requires_grad:  # "we first freeze the weights of the biLM" (3.3): this saves its backward pass
             layers = [ops.stop_gradient(layer) for layer in layers]
         return {"elmo_representations": [self.dropout(mix(layers)) for mix in self.scalar_mixes], "mask": mask}
 
@@ -445,13 +448,15 @@ class Elmo(nn.Cell):
 class Batch(NamedTuple):
     """What one training step reads: a chunk of text (data.Chunk) and what is random. n = time · batch, N negatives.
 
-    Of the sentence "cats sleep" the forward direction reads <S> cats sleep and predicts cats sleep </S>, the backward
-    one reads </S> sleep cats and predicts sleep cats <S>, both in the same time steps of the same stream: sentences
-    keep their order, each is reversed by itself, and from the start of one the backward LSTMs go on to the end of the
-    next. (bilm-tf's backward direction reads other text than its forward one.)
+    Of the sentences "cats sleep" and "dogs bark" the forward direction reads <S> cats sleep <S> dogs bark and predicts
+    cats sleep </S> dogs bark </S>; the backward one reads </S> sleep cats </S> bark dogs and predicts sleep cats <S>
+    bark dogs <S>, in the same time steps of the same stream. So sentences keep their order, and from the start of one
+    the backward LSTMs go on to the end of the next. That is as in bilm-tf, where the two directions read different
+    text, though.
     Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
-    for words of at most 10 characters, then 100 of at most 50. Thus nearly all batches have the same shapes, and short
-    words take little time. (data.fill_tiers finds for each word a row that is long enough; any such row will do.)
+    for words of at most 10 characters, then 100, or more where a chunk needs more, for words of at most 50. Thus nearly
+    all batches have the same shapes, and short words take little time. (data.fill_tiers finds for each word a row that
+    is long enough; any such row will do.)
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
@@ -467,8 +472,9 @@ class Batch(NamedTuple):
 
 def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
     """A chunk of text -> the `Batch` of a step. What is random depends on the seed and the step, so that a run can be
-    resumed. All workers have the same negatives, so that they update the same rows of Θs (bilm-tf draws them for each
-    device); each has masks of its own. The 1 and the 2 beside the seed give negatives and masks different numbers."""
+    resumed; the 1 and the 2 beside the seed give negatives and masks different numbers. All workers have the same
+    negatives (bilm-tf draws them for each device), since each updates the rows of Θs for the targets and negatives of
+    all, see `make_step`; each has masks of its own."""
     o, target = options, chunk.target.reshape(2, -1)
     if o.sample_softmax:
         rng = np.random.default_rng([seed, step, 1])
@@ -499,7 +505,7 @@ def training_batches(run, corpus, tiers):
     return prefetch(enumerate(chunks, run.step), make)
 
 
-def make_loss(bilm, tiers):
+def make_loss(bilm, tiers, workers):
     """-> the function that computes, of a batch, the loss times loss_scale; the loss; and the LSTMs' state after it.
 
     "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1). So the
@@ -508,11 +514,13 @@ def make_loss(bilm, tiers):
     """
     o = bilm.options
 
-    def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target_rows, negative_rows, target_log_q,
+    def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target, negatives, target_log_q,
                 negative_log_q, not_drawn, masks):
-        """W [rows, projection], b [rows]: not all of Θs, only rows for the classes that the batch names; target_rows
-        [2, n], negative_rows [2, N]: where in these rows the targets and the negatives are; loss_scale: 1, or with
-        float16 a number that keeps gradients from underflow; the rest as in `Batch`."""
+        """W [rows, projection], b [rows]: not all of Θs, only the rows for the negatives, then for each worker's
+        targets; loss_scale: 1, or with float16 a number that keeps gradients from underflow; the rest: see `Batch`."""
+        sizes = 2 * [negatives.shape[1]] + 2 * workers.size * [target.shape[1]]  # of the parts, each of one direction
+        W, b = ops.split(W, sizes), ops.split(b, sizes)
+        own = 2 + 2 * workers.rank  # the first part that is this worker's targets
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
         # bilm-tf's LSTMs begin from zero in the first step and never again; but `Elmo` and `embed` begin each sentence
         # from zero. So that they learn to, here the state of a stream, of both directions, is set to zero where a chunk
@@ -523,8 +531,8 @@ def make_loss(bilm, tiers):
         loss = 0.0
         for d in (0, 1):
             y = drop(outputs[d][-1], masks[-1][d], o.dropout) if o.dropout else outputs[d][-1]
-            loss += sampled_softmax(y.reshape(-1, o.projection), W, b, target_rows[d], negative_rows[d],
-                                    target_log_q[d], negative_log_q[d], not_drawn[d]) / 2
+            loss += sampled_softmax(y.reshape(-1, o.projection), W[own + d], b[own + d], W[d], b[d], target_log_q[d],
+                                    negative_log_q[d], not_drawn[d]) / 2
         return loss_scale * loss, loss, state
 
     return loss_of
@@ -542,9 +550,8 @@ def make_step(run, tiers):
         loss_scaler   with float16, its scale
 
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the rows of the classes
-    that the batch names as negatives or targets change. They are copied out, updated (`make_update`), and written back.
-    A class that is named twice has two rows among the copies. The loss reads only the last of them, so that this row
-    gets the whole gradient of the class, which Adagrad squares; in the end the other row becomes equal to it.
+    that the batch names as negatives or targets change. They are copied out, a row for each time that a class is named,
+    so that all steps have the same shapes; `make_update` finds how they change, and this is added to the tables.
     """
     update = make_update(run, tiers)
 
@@ -553,12 +560,12 @@ def make_step(run, tiers):
         # The negatives are the same on all workers. With the targets of all, all have the same rows and can average dW.
         targets = run.workers.gather(tensors.target)  # [workers, 2, n]
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
-        places = run.last_places(classes)  # of each of the classes: the index of its last row (part 11)
-        # The rows of W, b and their accumulators. Within `update` MindSpore would copy the whole tables.
+        places = run.last_places(classes)  # where each class is named last: for 7 2 7 5, 2 1 2 3
+        # Rows of W, b, W_sum and b_sum. (Not in `update`, for which MindSpore would copy the whole tables.)
         rows = [ops.gather(table, classes, 0) for table in run.tables]
-        loss, norm, run.lstm_state, rows = update(run.lstm_state, places, *rows, *tensors)
-        for table, new_rows in zip(run.tables, rows):
-            ops.scatter_update(table, classes, new_rows)
+        loss, norm, run.lstm_state, changes = update(run.lstm_state, places, *rows, *tensors)
+        for table, change in zip(run.tables, changes):
+            ops.scatter_add(table, classes, change)
         return loss, norm
 
     return step
@@ -572,33 +579,31 @@ def make_update(run, tiers):
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
     adagrad = ops.ApplyAdagrad()
     # -> what the loss function returns, and the gradients of the first of it: (by W, b), by the weights
-    gradient = ms.value_and_grad(make_loss(run.bilm, tiers), (0, 1), weights, has_aux=True)
+    gradient = ms.value_and_grad(make_loss(run.bilm, tiers, workers), (0, 1), weights, has_aux=True)
 
     @compiled
-    def update(state, places, W, b, W_sum, b_sum, chars, word_index, reset_state, target, negatives, *rest):
-        # rest: target_log_q, negative_log_q, not_drawn, masks
-        loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale_value
-        # The classes are all negatives, then each worker's targets; this worker's are from `first` on.
-        first = negatives.size + workers.rank * target.size
-        negative_rows = places[:negatives.size].reshape(2, -1)  # [2, N]
-        target_rows = places[first:first + target.size].reshape(2, -1)  # [2, n]
-        (_, loss, new_state), ((dW, db), grads) = gradient(
-            W, b, state, loss_scale, chars, word_index, reset_state, target_rows, negative_rows, *rest)
+    def update(state, places, W, b, W_sum, b_sum, *batch):
+        loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale_value  # a Parameter, read in each step
+        (_, loss, new_state), ((dW, db), grads) = gradient(W, b, state, loss_scale, *batch)
         loss, dW, db, *grads = workers.mean((loss, dW, db, *grads))
+        # A class that is named several times has a part of its gradient in each of its rows. The last row gets the sum,
+        # which Adagrad must square (as TensorFlow's sparse updates do), and the others get 0.
+        dW, db = [ops.unsorted_segment_sum(g, places, g.shape[0]) for g in (dW, db)]
         # bilm-tf differentiates the loss summed over time: its gradients are unroll_steps · g. It clips them by their
         # norm over all parameters together, to unroll_steps · g · min(1, limit / norm).
-        norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
+        norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))  # times loss_scale
         if loss_scaler is not None:  # undo the scale; after an overflow: norm infinite, gradients 0, the old state
             norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
         scale = o.unroll_steps * ops.minimum(o.all_clip_norm_val / norm, 1.0)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
         for w, total, g in zip(weights, accumulators, grads):
             adagrad(w, total, o.learning_rate, scale * g)
+        # For the rows of Θs the changes are returned.
         dW, db = scale * dW, scale * db
-        W_sum, b_sum = W_sum + ops.square(dW), b_sum + ops.square(db)
-        W, b = W - o.learning_rate * dW / ops.sqrt(W_sum), b - o.learning_rate * db / ops.sqrt(b_sum)
-        # The rows that the loss read have been updated; those of a class that is named twice become equal.
-        return loss, norm, new_state, [ops.gather(x, places, 0) for x in (W, b, W_sum, b_sum)]
+        dW_sum, db_sum = ops.square(dW), ops.square(db)
+        step_W = -o.learning_rate * dW / ops.sqrt(W_sum + dW_sum)
+        step_b = -o.learning_rate * db / ops.sqrt(b_sum + db_sum)
+        return loss, norm, new_state, (step_W, step_b, dW_sum, db_sum)
 
     return update
 
@@ -629,7 +634,7 @@ def train(args):
             if log_is_due:
                 run.log_loss(args.out, epoch)  # the sampled loss; waits for the device
             is_best = False
-            if epoch_is_over:  # of the full softmax, so higher than exp of the loss: a sample holds fewer rivals
+            if epoch_is_over:  # without held-out text the latest epoch counts as the best
                 is_best = perplexity is None or run.log_and_compare(args.out, epoch, perplexity())
             # Several workers ask each other for signals only where they log, as asking takes time.
             stopping = (run.workers.size == 1 or log_is_due) and run.workers.sum([len(signals)])[0] > 0
@@ -656,8 +661,9 @@ class Perplexities(NamedTuple):
 
 
 def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
-    """-> the function that measures the `Perplexities` of a corpus: under the full softmax, every prediction counted
-    once, without dropout. Several workers share the corpus."""
+    """-> the function that measures the `Perplexities` of a corpus: every prediction counted once, without dropout, and
+    under the full softmax. (So they are higher than exp of a sampled loss, which tells the target from a few classes
+    only.) Several workers share the corpus."""
     chunks = functools.partial(read_chunks, corpus, vocabulary, bilm.options)  # without a seed: once, in order
     tiers = measure_tiers(chunks())
 
@@ -979,8 +985,7 @@ VALID = {"n_highway": (0, 16), "char_dim": (1, 1024), "n_layers": (1, 16), "dim"
 
 
 def check_options(options):
-    """InputError where an option's value makes no sense. (Both projections are always there; bilm-tf leaves out the
-    CNN's where it changes no size, and the LSTM's where it does not reduce.)"""
+    """InputError where an option's value makes no sense."""
     for f in fields(Options):
         value, key = getattr(options, f.name), JSON_KEYS[f.name]
         if f.name == "filters":
@@ -1204,15 +1209,7 @@ class Run:
         self.n_steps = min(self.epoch_ends[-1], n_steps or self.epoch_ends[-1])
 
     def last_places(self, classes):
-        """The last place at which each of the classes [n] stands in this list, int32 [n].
-
-        Rows of Θs are copied out for classes, and Adagrad must square the sum of a class's gradients (as TensorFlow's
-        sparse updates do). But shapes are the same in every step, so that a class that is named twice has two rows:
-            class  7 2 7 5
-            row    0 1 2 3
-            place  2 1 2 3
-        When row 2 is read wherever class 7 is meant, it gets the whole gradient of the class, and row 0 gets none.
-        """
+        """The last place at which each of the classes [n] stands in this list, int32 [n]: for 7 2 7 5, 2 1 2 3."""
         ops.scatter_max(self.last_place, classes, ops.arange(len(classes)).astype(ms.int32))
         places = ops.gather(self.last_place, classes, 0)
         ops.scatter_update(self.last_place, classes, ops.full_like(classes, -1))
