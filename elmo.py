@@ -19,8 +19,8 @@ TensorFlow.
 For readers of PyTorch: an nn.Cell is a Module and its construct is forward; a ParameterTuple is a ParameterList;
 ms.jit compiles a function to a static graph; ms.value_and_grad(f, positions, weights, has_aux=True) gives what f
 returns, and the gradients of the first result by the arguments at these positions and by the weights; a cell's bprop,
-where there is one, is its own backward pass; ops.gather_d is torch.gather; ops.scatter_add(p, rows, d)
-is p.index_add_(0, rows, d).
+where there is one, is its own backward pass; ops.gather(p, i, 0) is p[i], ops.gather_d is torch.gather, and
+ops.scatter_add(p, i, d) is p.index_add_(0, i, d).
 
 `matmul`, `bias_add` (x + b), `log`, `tanh`, `log_sum_exp(y, W, b)` (log Σ_k exp(y · W_k + b_k)), `compiled` and
 `parameter` are what their names say (part 8). `make_matmul(amp)` returns the product of matrices in the type amp (None:
@@ -286,8 +286,8 @@ class BiLM(nn.Cell):
             b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, seq_dim=1, batch_dim=0)
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
         mask = position < n_tokens + 2
-        if not keep_sentence_boundaries:  # cut off <S> and the longest sentence's </S>; other </S> are beyond the mask,
-            layers, mask = [layer[:, 1:-1] for layer in layers], mask[:, 2:]  # which is true 2 times less for each
+        if not keep_sentence_boundaries:  # cut off <S> and the longest sentence's </S>; other </S> are beyond the mask
+            layers, mask = [layer[:, 1:-1] for layer in layers], mask[:, 2:]  # of a sentence 2 fewer are true
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
 
@@ -473,8 +473,8 @@ class Batch(NamedTuple):
 def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
     """A chunk of text -> the `Batch` of a step. What is random depends on the seed and the step, so that a run can be
     resumed; the 1 and the 2 beside the seed give negatives and masks different numbers. All workers have the same
-    negatives (bilm-tf draws them for each device), since each updates the rows of Θs for the targets and negatives of
-    all, see `make_step`; each has masks of its own."""
+    negatives (bilm-tf draws them for each device): each of them updates the rows of Θs for the classes of all, which
+    would otherwise be many more. Each has masks of its own."""
     o, target = options, chunk.target.reshape(2, -1)
     if o.sample_softmax:
         rng = np.random.default_rng([seed, step, 1])
@@ -518,7 +518,8 @@ def make_loss(bilm, tiers, workers):
                 negative_log_q, not_drawn, masks):
         """W [rows, projection], b [rows]: not all of Θs, only the rows for the negatives, then for each worker's
         targets; loss_scale: 1, or with float16 a number that keeps gradients from underflow; the rest: see `Batch`."""
-        sizes = 2 * [negatives.shape[1]] + 2 * workers.size * [target.shape[1]]  # of the parts, each of one direction
+        # The parts of W and b: negatives forward, negatives backward; of each worker, targets forward and backward.
+        sizes = 2 * [negatives.shape[1]] + 2 * workers.size * [target.shape[1]]
         W, b = ops.split(W, sizes), ops.split(b, sizes)
         own = 2 + 2 * workers.rank  # the first part that is this worker's targets
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
@@ -560,8 +561,8 @@ def make_step(run, tiers):
         # The negatives are the same on all workers. With the targets of all, all have the same rows and can average dW.
         targets = run.workers.gather(tensors.target)  # [workers, 2, n]
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
-        places = run.last_places(classes)  # where each class is named last: for 7 2 7 5, 2 1 2 3
-        # Rows of W, b, W_sum and b_sum. (Not in `update`, for which MindSpore would copy the whole tables.)
+        places = run.last_places(classes)  # where each class is named last: there its gradients are summed
+        # Rows of W, b, W_sum and b_sum. (If `update` did this, MindSpore would first copy the whole tables.)
         rows = [ops.gather(table, classes, 0) for table in run.tables]
         loss, norm, run.lstm_state, changes = update(run.lstm_state, places, *rows, *tensors)
         for table, change in zip(run.tables, changes):
@@ -662,8 +663,8 @@ class Perplexities(NamedTuple):
 
 def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     """-> the function that measures the `Perplexities` of a corpus: every prediction counted once, without dropout, and
-    under the full softmax. (So they are higher than exp of a sampled loss, which tells the target from a few classes
-    only.) Several workers share the corpus."""
+    under the full softmax. (The sampled loss teaches the same logits, but exp of it is lower: there the target is told
+    from a few classes only.) Several workers share the corpus."""
     chunks = functools.partial(read_chunks, corpus, vocabulary, bilm.options)  # without a seed: once, in order
     tiers = measure_tiers(chunks())
 
