@@ -125,8 +125,8 @@ class CharEncoder(nn.Cell):
         """chars int32 [words, 50] -> x_k [words, projection].
 
         chars, see data.char_ids: 1 to 256 are bytes, 257 and 258 stand for <S> and </S>, 259 and 260 for a word's begin
-        and end; 261 is padding, and embedded like any other; 0 is no word, and embedded as zeros. tiers, how
-        words are grouped by length (see `Batch`), is for `FastCharEncoder` alone.
+        and end; 261 is padding, and embedded like any other; 0 is no word, and embedded as zeros. tiers, how words
+        are grouped by length (see `Batch`), is for `FastCharEncoder` alone.
         """
         embedding = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # [262, char_dim]
         x = self.features(embedding, chars, tiers)  # [words, filters]
@@ -186,14 +186,14 @@ class Recurrence(nn.Cell):
 
 
 class ProjectedLSTM(nn.Cell):
-    """One direction of one layer with its weights, which begin Glorot-uniform, biases 0 (bilm-tf).
-    The projection is always there; bilm-tf's models that lack it, as it would not reduce the size, cannot be read."""
+    """One direction of one layer with its weights, which begin Glorot-uniform, biases 0 (bilm-tf). The projection
+    is always there; bilm-tf's models that lack it, as it would not reduce the size, cannot be read."""
 
     def __init__(self, name, options, rng, recurrence):
         super().__init__()
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
         # A Parameter has a name, here bilm-tf's. A ParameterTuple leaves it as it is; as attributes, say self.W, they
-        # would be renamed W when this cell becomes part of another.
+        # would be renamed W when this cell becomes part of another. (char_embed is named as its attribute is.)
         self.weights = ms.ParameterTuple([
             parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
             parameter(name + "B", np.zeros(4 * options.dim)),
@@ -334,7 +334,7 @@ def draw_negatives(rng, n, n_classes):
     drawn = np.empty(0, np.int64)
     while True:
         # For u uniform in [0, 1), the class to draw is the first k with P(0) + ... + P(k) > u. This sum is log(k + 2) /
-        # log(n_classes + 1). So k + 2 is the first integer above (n_classes + 1)^u: that power, rounded down, plus 1.
+        # log(n_classes + 1). So k + 2 is the first integer above (n_classes + 1)^u; k is that power, rounded down, - 1.
         more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1
         drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
         new = np.sort(np.unique(drawn, return_index=True)[1])  # the draws, in order, that found a class not yet found
