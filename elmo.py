@@ -17,10 +17,8 @@ Where the paper is silent, its reference code decides, unless a comment says oth
 TensorFlow.
 
 For readers of PyTorch: an nn.Cell is a Module and its construct is forward; a ParameterTuple is a ParameterList;
-ms.jit compiles a function to a static graph; ms.value_and_grad(f, positions, weights, has_aux=True) gives what f
-returns, and the gradients of the first result by the arguments at these positions and by the weights; a cell's bprop,
-where there is one, is its own backward pass; ops.gather(p, i, 0) is p[i], ops.gather_d is torch.gather, and
-ops.scatter_add(p, i, d) is p.index_add_(0, i, d).
+ms.jit compiles a function to a static graph; a cell's bprop, where there is one, is its own backward pass;
+ops.gather(p, i, 0) is p[i], and ops.scatter_add(p, i, d) is p.index_add_(0, i, d).
 
 `matmul`, `bias_add` (x + b), `log`, `tanh`, `log_sum_exp(y, W, b)` (log Σ_k exp(y · W_k + b_k)), `compiled` and
 `parameter` are what their names say (part 8). `make_matmul(amp)` returns the product of matrices in the type amp (None:
@@ -81,7 +79,7 @@ class Options:
     unroll_steps: int = 20               # tokens of each stream in a training step; gradients stop there, states do not
     sample_softmax: bool = True          # False: train with the full softmax, for small vocabularies
     n_negative_samples_batch: int = 8192
-    all_clip_norm_val: float = 10.0      # limit of the norm of unroll_steps · gradient: bilm-tf sums over time
+    all_clip_norm_val: float = 10.0      # limit of the gradient's norm (`make_update` says of which gradient)
     learning_rate: float = 0.2           # of Adagrad
     n_tokens_vocab: int = 0              # the vocabulary file decides
 
@@ -93,8 +91,7 @@ class Options:
 
 class CharEncoder(nn.Cell):
     """"... a context-independent token representation x_k^LM (via token embeddings or a CNN over characters)" (section
-    3.1). The biLM's is `FastCharEncoder` (part 8), which computes the same features in less time: where only padding is
-    left of a word all positions score the same, so that one of them is enough."""
+    3.1). The biLM's is `FastCharEncoder` (part 8), which computes the same in less time."""
 
     def __init__(self, options, rng, amp=None):
         super().__init__()
@@ -192,8 +189,7 @@ class ProjectedLSTM(nn.Cell):
     def __init__(self, name, options, rng, recurrence):
         super().__init__()
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        # A Parameter has a name, here bilm-tf's. A ParameterTuple leaves it as it is; as attributes, say self.W, they
-        # would be renamed W when this cell becomes part of another. (char_embed is named as its attribute is.)
+        # A ParameterTuple, because it leaves its parameters their names, which are bilm-tf's; self.W would become "W".
         self.weights = ms.ParameterTuple([
             parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
             parameter(name + "B", np.zeros(4 * options.dim)),
@@ -210,8 +206,7 @@ class ProjectedLSTM(nn.Cell):
         if lengths is None:
             return y, ops.stop_gradient(ops.concat((hs[-1], cs[-1]), 1))
         states = ops.stop_gradient(ops.concat((y, ops.stack(cs)), 2))  # [time, batch, projection + dim]
-        last = (lengths - 1).reshape(1, -1, 1).tile((1, 1, states.shape[2]))
-        return y, ops.gather_d(states, 0, last)[0]
+        return y, states[lengths - 1, ops.arange(len(lengths))]  # [batch, projection + dim]
 
 
 # ---- 4. Bidirectional language model ---------------------------------------------------------------------------------
@@ -272,10 +267,9 @@ class BiLM(nn.Cell):
         o, (batch, tokens, _) = self.options, ids.shape
         room_for_end = ops.zeros((batch, 1, MAX_CHARS), ms.int32)
         ids = ops.concat((self.begin.tile((batch, 1, 1)), ids.astype(ms.int32), room_for_end), 1)
-        n_tokens = (ids > 0).any(-1).sum(1, dtype=ms.int32).reshape(-1, 1) - 1  # [batch, 1], <S> not counted
-        position = ops.arange(tokens + 2).astype(ms.int32).reshape(1, -1)
-        ids = ops.where((position == n_tokens + 1).reshape(batch, -1, 1), self.end, ids)  # [batch, tokens + 2, 50]
-        lengths = n_tokens.reshape(-1) + 2
+        lengths = (ids > 0).any(-1).sum(1, dtype=ms.int32) + 1  # [batch], of <S>, the words and the </S> to be added
+        position, end = ops.arange(tokens + 2).astype(ms.int32).reshape(1, -1), lengths.reshape(-1, 1) - 1
+        ids = ops.where((position == end).reshape(batch, -1, 1), self.end, ids)  # [batch, tokens + 2, 50]
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, tokens + 2, -1)
         reversed_x = ops.reverse_sequence(x, lengths, seq_dim=1, batch_dim=0)
         both = ops.stack((x, reversed_x)).swapaxes(1, 2)  # [2, time, batch, projection]
@@ -285,9 +279,10 @@ class BiLM(nn.Cell):
         for f, b in zip(forward, backward):
             b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, seq_dim=1, batch_dim=0)
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
-        mask = position < n_tokens + 2
-        if not keep_sentence_boundaries:  # cut off <S> and the longest sentence's </S>; other </S> are beyond the mask
-            layers, mask = [layer[:, 1:-1] for layer in layers], mask[:, 2:]  # of a sentence 2 fewer are true
+        mask = position <= end
+        if not keep_sentence_boundaries:
+            mask = ops.logical_and(position > 0, position < end)[:, 1:-1]
+            layers = [layer[:, 1:-1] for layer in layers]
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
 
@@ -333,10 +328,10 @@ def draw_negatives(rng, n, n_classes):
     """
     drawn = np.empty(0, np.int64)
     while True:
-        # For u uniform in [0, 1), the class to draw is the first k with P(0) + ... + P(k) > u. This sum is log(k + 2) /
-        # log(n_classes + 1). So k + 2 is the first integer above (n_classes + 1)^u; k is that power, rounded down, - 1.
-        more = np.exp(rng.random(2 * n) * np.log(n_classes + 1)).astype(np.int64) - 1
-        drawn = np.concatenate((drawn, np.minimum(more, n_classes - 1)))  # exp may round up beyond the last class
+        # exp(v) rounds down to k + 1 where v is between log(k + 1) and log(k + 2). Of a v that is uniform from 0 to
+        # log(n_classes + 1), the share P(k) is there.
+        v = rng.random(2 * n) * np.log(n_classes + 1)
+        drawn = np.append(drawn, np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1))  # exp may round up
         new = np.sort(np.unique(drawn, return_index=True)[1])  # the draws, in order, that found a class not yet found
         if len(new) >= n:
             return drawn[new[:n]], int(new[n - 1]) + 1  # the draw that found the n-th class was the last one needed
@@ -354,9 +349,8 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
     """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit minus its
     log q, and s_k is a negative's logit minus its own log q.
 
-    A class that is drawn often is often a wrong answer, so that the logits alone would learn log p(k) - log q(k). With
-    log q subtracted, be k the target or a negative, they learn log p(k), as under the full softmax (README,
-    "Questions", has the proof).
+    A class that is drawn often is often a wrong answer. To make up for it log q is subtracted, from the target's logit
+    as from a negative's: so the logits learn log p, as under the full softmax (README, "Questions", has the proof).
 
     y [n, projection]; rows of Θs: W_target [n, projection], b_target [n], W_negatives [N, projection], b_negatives [N];
     log q of the classes, [n] and [N]. not_drawn [n] is 1; but where the target is itself one of the negatives (an
@@ -450,13 +444,12 @@ class Batch(NamedTuple):
 
     Of the sentences "cats sleep" and "dogs bark" the forward direction reads <S> cats sleep <S> dogs bark and predicts
     cats sleep </S> dogs bark </S>; the backward one reads </S> sleep cats </S> bark dogs and predicts sleep cats <S>
-    bark dogs <S>, in the same time steps of the same stream. So sentences keep their order, and from the start of one
-    the backward LSTMs go on to the end of the next. That is as in bilm-tf, where the two directions read different
-    text, though.
+    bark dogs <S>, in the same time steps of the same stream. (In bilm-tf the two directions read different text.)
+
     Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
-    for words of at most 10 characters, then 100, or more where a chunk needs more, for words of at most 50. Thus nearly
-    all batches have the same shapes, and short words take little time. (data.fill_tiers finds for each word a row that
-    is long enough; any such row will do.)
+    for words of at most 10 characters; all rows that follow, 100 or where a chunk needs more then more, are for words
+    of at most 50. Thus nearly all batches have the same shapes, and short words take little time. (data.fill_tiers
+    finds for each word a row that is long enough; any such row will do.)
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
@@ -473,8 +466,8 @@ class Batch(NamedTuple):
 def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
     """A chunk of text -> the `Batch` of a step. What is random depends on the seed and the step, so that a run can be
     resumed; the 1 and the 2 beside the seed give negatives and masks different numbers. All workers have the same
-    negatives (bilm-tf draws them for each device): each of them updates the rows of Θs for the classes of all, which
-    would otherwise be many more. Each has masks of its own."""
+    negatives, so that a step changes fewer rows of Θs (bilm-tf draws them for each device); each has masks of its
+    own."""
     o, target = options, chunk.target.reshape(2, -1)
     if o.sample_softmax:
         rng = np.random.default_rng([seed, step, 1])
@@ -505,40 +498,6 @@ def training_batches(run, corpus, tiers):
     return prefetch(enumerate(chunks, run.step), make)
 
 
-def make_loss(bilm, tiers, workers):
-    """-> the function that computes, of a batch, the loss times loss_scale; the loss; and the LSTMs' state after it.
-
-    "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1). So the
-    loss is the mean of -(log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ...; Θx, ←Θ_LSTM, Θs)) / 2,
-    here with p of the sampled softmax, unless `make_batch` made it the full one.
-    """
-    o = bilm.options
-
-    def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target, negatives, target_log_q,
-                negative_log_q, not_drawn, masks):
-        """W [rows, projection], b [rows]: not all of Θs, only the rows for the negatives, then for each worker's
-        targets; loss_scale: 1, or with float16 a number that keeps gradients from underflow; the rest: see `Batch`."""
-        # The parts of W and b: negatives forward, negatives backward; of each worker, targets forward and backward.
-        sizes = 2 * [negatives.shape[1]] + 2 * workers.size * [target.shape[1]]
-        W, b = ops.split(W, sizes), ops.split(b, sizes)
-        own = 2 + 2 * workers.rank  # the first part that is this worker's targets
-        x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # bilm-tf's LSTMs begin from zero in the first step and never again; but `Elmo` and `embed` begin each sentence
-        # from zero. So that they learn to, here the state of a stream, of both directions, is set to zero where a chunk
-        # happens to begin with a sentence. (Most begin within a chunk, and inherit the state of the one before.)
-        state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
-        masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
-        outputs, state = bilm.contextualize(x, state, masks=masks)
-        loss = 0.0
-        for d in (0, 1):
-            y = drop(outputs[d][-1], masks[-1][d], o.dropout) if o.dropout else outputs[d][-1]
-            loss += sampled_softmax(y.reshape(-1, o.projection), W[own + d], b[own + d], W[d], b[d], target_log_q[d],
-                                    negative_log_q[d], not_drawn[d]) / 2
-        return loss_scale * loss, loss, state
-
-    return loss_of
-
-
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` (loss, gradient, clipping, Adagrad) and returns the loss
     and the gradient's norm, tensors that the device may still be computing.
@@ -561,15 +520,49 @@ def make_step(run, tiers):
         # The negatives are the same on all workers. With the targets of all, all have the same rows and can average dW.
         targets = run.workers.gather(tensors.target)  # [workers, 2, n]
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
-        places = run.last_places(classes)  # where each class is named last: there its gradients are summed
         # Rows of W, b, W_sum and b_sum. (If `update` did this, MindSpore would first copy the whole tables.)
         rows = [ops.gather(table, classes, 0) for table in run.tables]
+        places = run.last_places(classes)  # of each row, which row is the last of the same class: see `make_update`
         loss, norm, run.lstm_state, changes = update(run.lstm_state, places, *rows, *tensors)
         for table, change in zip(run.tables, changes):
             ops.scatter_add(table, classes, change)
         return loss, norm
 
     return step
+
+
+def make_loss(bilm, tiers, workers):
+    """-> the function that computes, of a batch, the loss times loss_scale; the loss; and the LSTMs' state after it.
+
+    "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1). So the
+    loss is the mean of -(log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ...; Θx, ←Θ_LSTM, Θs)) / 2,
+    here with p of the sampled softmax, unless `make_batch` made it the full one.
+    """
+    o = bilm.options
+
+    def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target, negatives, target_log_q,
+                negative_log_q, not_drawn, masks):
+        """W [rows, projection], b [rows]: the rows of Θs that `make_step` copied out; loss_scale: 1, or with float16 a
+        number that keeps gradients from underflow; the rest: see `Batch`."""
+        # W and b consist of rows for: negatives forward, negatives backward; each worker's targets forward, backward.
+        sizes = 2 * [negatives.shape[1]] + 2 * workers.size * [target.shape[1]]
+        W, b = ops.split(W, sizes), ops.split(b, sizes)
+        own = 2 + 2 * workers.rank  # the first part that is this worker's targets
+        x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
+        # bilm-tf's LSTMs begin from zero in the first step and never again; but `Elmo` and `embed` begin each sentence
+        # from zero. So that they learn to, here the state of a stream, of both directions, is set to zero where a chunk
+        # happens to begin with a sentence. (Most begin within a chunk, and inherit the state of the one before.)
+        state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
+        masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
+        outputs, state = bilm.contextualize(x, state, masks=masks)
+        loss = 0.0
+        for d in (0, 1):
+            y = drop(outputs[d][-1], masks[-1][d], o.dropout) if o.dropout else outputs[d][-1]
+            loss += sampled_softmax(y.reshape(-1, o.projection), W[own + d], b[own + d], W[d], b[d], target_log_q[d],
+                                    negative_log_q[d], not_drawn[d]) / 2
+        return loss_scale * loss, loss, state
+
+    return loss_of
 
 
 def make_update(run, tiers):
@@ -579,7 +572,7 @@ def make_update(run, tiers):
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
     adagrad = ops.ApplyAdagrad()
-    # -> what the loss function returns, and the gradients of the first of it: (by W, b), by the weights
+    # -> what the loss function returns and, of its first result, the gradients: (by arguments 0 and 1), by the weights
     gradient = ms.value_and_grad(make_loss(run.bilm, tiers, workers), (0, 1), weights, has_aux=True)
 
     @compiled
@@ -643,7 +636,7 @@ def train(args):
                 run.save(args.out, is_best)
             if stopping or run.step == run.n_steps:
                 break
-            if log_is_due or run.clock is None:  # tokens/s are measured from here: without compilation and perplexity
+            if log_is_due or run.clock is None:  # the next tokens/s are measured from here: no compilation, no test
                 run.clock = run.step, time.perf_counter()
     if run.step < run.n_steps:
         command = shlex.join(args.argv) + ("" if args.resume else " --resume")
