@@ -189,7 +189,8 @@ class ProjectedLSTM(nn.Cell):
     def __init__(self, name, options, rng, recurrence):
         super().__init__()
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        # A ParameterTuple, because it leaves its parameters their names, which are bilm-tf's; self.W would become "W".
+        # A ParameterTuple, because it leaves its parameters their names, which are bilm-tf's. (An attribute self.W
+        # would be renamed "W", as this cell is part of another.)
         self.weights = ms.ParameterTuple([
             parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
             parameter(name + "B", np.zeros(4 * options.dim)),
@@ -260,8 +261,8 @@ class BiLM(nn.Cell):
 
         layers: R_k = {h_k,j | j = 0, ..., L} (section 3.2), each [batch, tokens, 2 · projection], forward beside
         backward; h_k,0 is x_k twice. mask: bool [batch, tokens], where there is a token. state [2, layers, batch,
-        projection + dim]: the LSTMs' after each sentence's end, without a gradient; give it to the next call only where
-        its sentences continue these, row by row. <S> and </S> are added, and left out of the result unless
+        projection + dim]: the LSTMs' after each sentence's end, without a gradient; for a next call in which row k
+        goes on from row k of this one. <S> and </S> are added, and left out of the result unless
         keep_sentence_boundaries says otherwise: then there are 2 tokens more.
         """
         o, (batch, tokens, _) = self.options, ids.shape
@@ -281,8 +282,7 @@ class BiLM(nn.Cell):
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
         mask = position <= end
         if not keep_sentence_boundaries:
-            mask = ops.logical_and(position > 0, position < end)[:, 1:-1]
-            layers = [layer[:, 1:-1] for layer in layers]
+            layers, mask = [layer[:, 1:-1] for layer in layers], (position < end)[:, 1:-1]
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
 
@@ -328,8 +328,8 @@ def draw_negatives(rng, n, n_classes):
     """
     drawn = np.empty(0, np.int64)
     while True:
-        # exp(v) rounds down to k + 1 where v is between log(k + 1) and log(k + 2). Of a v that is uniform from 0 to
-        # log(n_classes + 1), the share P(k) is there.
+        # exp(v) rounds down to k + 1 where v is between log(k + 1) and log(k + 2). The probability of this, for v
+        # uniform between 0 and log(n_classes + 1), is P(k).
         v = rng.random(2 * n) * np.log(n_classes + 1)
         drawn = np.append(drawn, np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1))  # exp may round up
         new = np.sort(np.unique(drawn, return_index=True)[1])  # the draws, in order, that found a class not yet found
@@ -447,9 +447,9 @@ class Batch(NamedTuple):
     bark dogs <S>, in the same time steps of the same stream. (In bilm-tf the two directions read different text.)
 
     Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
-    for words of at most 10 characters; all rows that follow, 100 or where a chunk needs more then more, are for words
-    of at most 50. Thus nearly all batches have the same shapes, and short words take little time. (data.fill_tiers
-    finds for each word a row that is long enough; any such row will do.)
+    for words of at most 10 characters, then 100 for words of at most 50. Thus batches have the same shapes, and short
+    words take little time. (data.fill_tiers finds for each word a row that is long enough, any such row; the few chunks
+    that need more rows get them at the end.)
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
@@ -517,12 +517,13 @@ def make_step(run, tiers):
 
     def step(batch):
         tensors = Batch(*map(Tensor, batch))
-        # The negatives are the same on all workers. With the targets of all, all have the same rows and can average dW.
+        # All workers have the same negatives. Each takes the targets of all: so row k is of the same class on all of
+        # them, and their gradients can be averaged.
         targets = run.workers.gather(tensors.target)  # [workers, 2, n]
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
         # Rows of W, b, W_sum and b_sum. (If `update` did this, MindSpore would first copy the whole tables.)
         rows = [ops.gather(table, classes, 0) for table in run.tables]
-        places = run.last_places(classes)  # of each row, which row is the last of the same class: see `make_update`
+        places = run.last_places(classes)  # of each row, the last row of the same class: there gradients are summed
         loss, norm, run.lstm_state, changes = update(run.lstm_state, places, *rows, *tensors)
         for table, change in zip(run.tables, changes):
             ops.scatter_add(table, classes, change)
@@ -572,7 +573,7 @@ def make_update(run, tiers):
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
     adagrad = ops.ApplyAdagrad()
-    # -> what the loss function returns and, of its first result, the gradients: (by arguments 0 and 1), by the weights
+    # -> what the loss function returns, and of the first of it the gradients ((dW, db), grads)
     gradient = ms.value_and_grad(make_loss(run.bilm, tiers, workers), (0, 1), weights, has_aux=True)
 
     @compiled
@@ -656,8 +657,7 @@ class Perplexities(NamedTuple):
 
 def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     """-> the function that measures the `Perplexities` of a corpus: every prediction counted once, without dropout, and
-    under the full softmax. (The sampled loss teaches the same logits, but exp of it is lower: there the target is told
-    from a few classes only.) Several workers share the corpus."""
+    under the full softmax, since exp of the sampled loss is no perplexity. Several workers share the corpus."""
     chunks = functools.partial(read_chunks, corpus, vocabulary, bilm.options)  # without a seed: once, in order
     tiers = measure_tiers(chunks())
 
