@@ -331,10 +331,10 @@ def draw_negatives(rng, n, n_classes):
         # exp(v) rounds down to k + 1 where v is between log(k + 1) and log(k + 2). The probability of this, for v
         # uniform between 0 and log(n_classes + 1), is P(k).
         v = rng.random(2 * n) * np.log(n_classes + 1)
-        drawn = np.append(drawn, np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1))  # exp may round up
-        new = np.sort(np.unique(drawn, return_index=True)[1])  # the draws, in order, that found a class not yet found
-        if len(new) >= n:
-            return drawn[new[:n]], int(new[n - 1]) + 1  # the draw that found the n-th class was the last one needed
+        drawn = np.append(drawn, np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1))  # v may be inexact
+        firsts = np.sort(np.unique(drawn, return_index=True)[1])  # where a class is drawn for the first time, in order
+        if len(firsts) >= n:
+            return drawn[firsts[:n]], int(firsts[n - 1]) + 1  # with the draw that found the n-th class it was over
 
 
 def log_expected_count(k, n_draws, n_classes):
@@ -552,7 +552,8 @@ def make_loss(bilm, tiers, workers):
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
         # bilm-tf's LSTMs begin from zero in the first step and never again; but `Elmo` and `embed` begin each sentence
         # from zero. So that they learn to, here the state of a stream, of both directions, is set to zero where a chunk
-        # happens to begin with a sentence. (Most begin within a chunk, and inherit the state of the one before.)
+        # happens to begin with a sentence, as it then does in both. (Most begin within a chunk, and inherit the state
+        # of the one before.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
         outputs, state = bilm.contextualize(x, state, masks=masks)
