@@ -511,7 +511,8 @@ def make_step(run, tiers):
 
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the rows of the classes
     that the batch names as negatives or targets change. They are copied out, a row for each time that a class is named,
-    so that all steps have the same shapes; `make_update` finds how they change, and this is added to the tables.
+    so that all steps have the same shapes; `make_update` finds how they change (of a class's rows only the last does,
+    by the sum of their gradients), and this is added to the tables.
     """
     update = make_update(run, tiers)
 
@@ -523,7 +524,7 @@ def make_step(run, tiers):
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
         # Rows of W, b, W_sum and b_sum. (If `update` did this, MindSpore would first copy the whole tables.)
         rows = [ops.gather(table, classes, 0) for table in run.tables]
-        places = run.last_places(classes)  # of each row, the last row of the same class: there gradients are summed
+        places = run.last_places(classes)  # of each row, the last row of the same class
         loss, norm, run.lstm_state, changes = update(run.lstm_state, places, *rows, *tensors)
         for table, change in zip(run.tables, changes):
             ops.scatter_add(table, classes, change)
@@ -583,12 +584,12 @@ def make_update(run, tiers):
         (_, loss, new_state), ((dW, db), grads) = gradient(W, b, state, loss_scale, *batch)
         loss, dW, db, *grads = workers.mean((loss, dW, db, *grads))
         # A class that is named several times has a part of its gradient in each of its rows. The last row gets the sum,
-        # which Adagrad must square (as TensorFlow's sparse updates do), and the others get 0.
+        # which Adagrad must square (as TensorFlow's sparse updates do); the others get 0, and so change by 0.
         dW, db = [ops.unsorted_segment_sum(g, places, g.shape[0]) for g in (dW, db)]
         # bilm-tf differentiates the loss summed over time: its gradients are unroll_steps · g. It clips them by their
-        # norm over all parameters together, to unroll_steps · g · min(1, limit / norm).
-        norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))  # times loss_scale
-        if loss_scaler is not None:  # undo the scale; after an overflow: norm infinite, gradients 0, the old state
+        # norm over all parameters together, to unroll_steps · g · min(1, limit / norm), here scale · g.
+        norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
+        if loss_scaler is not None:  # take loss_scale out; after an overflow: norm infinite, gradients 0, the old state
             norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
         scale = o.unroll_steps * ops.minimum(o.all_clip_norm_val / norm, 1.0)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
