@@ -168,8 +168,8 @@ class Recurrence(nn.Cell):
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
-        W_P [dim, projection] -> of all time steps: h stacked, [time, batch, projection]; a tuple of the same h; one of
-        the c; one of what else the backward pass of `FastRecurrence` needs."""
+        W_P [dim, projection] -> h of all time steps, [time, batch, projection]; tuples of the same h, of the c, and of
+        what else the backward pass of `FastRecurrence` needs."""
         hs, cs, saved = (), (), ()
         for x_t in ops.unstack(x):  # x[t] would be slow
             gates = bias_add(self.matmul(ops.concat((x_t, h), 1), W), B)  # [batch, 4 dim]
@@ -448,8 +448,8 @@ class Batch(NamedTuple):
 
     Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
     for words of at most 10 characters, then 100 for words of at most 50. Thus batches have the same shapes, and short
-    words take little time. (data.fill_tiers finds for each word a row that is long enough, any such row; the few chunks
-    that need more rows get them at the end.)
+    words take little time. (data.fill_tiers finds for each word a row that is long enough; the few chunks that need
+    more rows get them at the end.)
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
@@ -575,7 +575,7 @@ def make_update(run, tiers):
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
     adagrad = ops.ApplyAdagrad()
-    # -> what the loss function returns, and of the first of it the gradients ((dW, db), grads)
+    # -> the loss function's three results, and the gradients of the first one, ((dW, db), grads)
     gradient = ms.value_and_grad(make_loss(run.bilm, tiers, workers), (0, 1), weights, has_aux=True)
 
     @compiled
@@ -639,7 +639,8 @@ def train(args):
                 run.save(args.out, is_best)
             if stopping or run.step == run.n_steps:
                 break
-            if log_is_due or run.clock is None:  # the next tokens/s are measured from here: no compilation, no test
+            # The log's tokens/s are timed from the end of the first step, which compiles, then from line to line.
+            if run.clock is None or log_is_due:
                 run.clock = run.step, time.perf_counter()
     if run.step < run.n_steps:
         command = shlex.join(args.argv) + ("" if args.resume else " --resume")
@@ -649,7 +650,7 @@ def train(args):
 class Perplexities(NamedTuple):
     forward: float
     backward: float
-    average: float  # exp of the mean loss of both directions (bilm-tf). The paper's "average" is 39.7 (section 3.4)
+    average: float  # exp of the mean loss of both directions (bilm-tf); the paper reports 39.7 (section 3.4)
     predictions: int  # of each direction
 
     def __str__(self):
