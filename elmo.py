@@ -331,7 +331,8 @@ def draw_negatives(rng, n, n_classes):
         # exp(v) rounds down to k + 1 where v is between log(k + 1) and log(k + 2). The probability of this, for v
         # uniform between 0 and log(n_classes + 1), is P(k).
         v = rng.random(2 * n) * np.log(n_classes + 1)
-        drawn = np.append(drawn, np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1))  # v may be inexact
+        k = np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1)  # rounding errors could make k n_classes
+        drawn = np.append(drawn, k)
         firsts = np.sort(np.unique(drawn, return_index=True)[1])  # where a class is drawn for the first time, in order
         if len(firsts) >= n:
             return drawn[firsts[:n]], int(firsts[n - 1]) + 1  # with the draw that found the n-th class it was over
