@@ -79,7 +79,7 @@ class Options:
     unroll_steps: int = 20               # tokens of each stream in a training step; gradients stop there, states do not
     sample_softmax: bool = True          # False: train with the full softmax, for small vocabularies
     n_negative_samples_batch: int = 8192
-    all_clip_norm_val: float = 10.0      # limit of the gradient's norm (`make_update` says of which gradient)
+    all_clip_norm_val: float = 10.0      # limit of the gradient's norm over all parameters together
     learning_rate: float = 0.2           # of Adagrad
     n_tokens_vocab: int = 0              # the vocabulary file decides
 
@@ -168,8 +168,8 @@ class Recurrence(nn.Cell):
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
-        W_P [dim, projection] -> h of all time steps, [time, batch, projection]; tuples of the same h, of the c, and of
-        what else the backward pass of `FastRecurrence` needs."""
+        W_P [dim, projection] -> four results: h of all time steps, [time, batch, projection]; the same as a tuple, of
+        which a step can be taken without a copy; a tuple of the c; what else `FastRecurrence`'s backward pass needs."""
         hs, cs, saved = (), (), ()
         for x_t in ops.unstack(x):  # x[t] would be slow
             gates = bias_add(self.matmul(ops.concat((x_t, h), 1), W), B)  # [batch, 4 dim]
@@ -261,16 +261,17 @@ class BiLM(nn.Cell):
 
         layers: R_k = {h_k,j | j = 0, ..., L} (section 3.2), each [batch, tokens, 2 · projection], forward beside
         backward; h_k,0 is x_k twice. mask: bool [batch, tokens], where there is a token. state [2, layers, batch,
-        projection + dim]: the LSTMs' after each sentence's end, without a gradient; for a next call in which row k
-        goes on from row k of this one. <S> and </S> are added, and left out of the result unless
+        projection + dim]: the LSTMs' after they have read each sentence, without a gradient; pass it to the next call
+        if its row k continues row k of this one. <S> and </S> are added, and left out of the result unless
         keep_sentence_boundaries says otherwise: then there are 2 tokens more.
         """
         o, (batch, tokens, _) = self.options, ids.shape
         room_for_end = ops.zeros((batch, 1, MAX_CHARS), ms.int32)
         ids = ops.concat((self.begin.tile((batch, 1, 1)), ids.astype(ms.int32), room_for_end), 1)
-        lengths = (ids > 0).any(-1).sum(1, dtype=ms.int32) + 1  # [batch], of <S>, the words and the </S> to be added
-        position, end = ops.arange(tokens + 2).astype(ms.int32).reshape(1, -1), lengths.reshape(-1, 1) - 1
+        end = (ids > 0).any(-1).sum(1, keepdims=True, dtype=ms.int32)  # [batch, 1], where </S> goes: behind all these
+        position = ops.arange(tokens + 2).astype(ms.int32).reshape(1, -1)
         ids = ops.where((position == end).reshape(batch, -1, 1), self.end, ids)  # [batch, tokens + 2, 50]
+        lengths = end.reshape(-1) + 1  # [batch], with <S> and </S>
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, tokens + 2, -1)
         reversed_x = ops.reverse_sequence(x, lengths, seq_dim=1, batch_dim=0)
         both = ops.stack((x, reversed_x)).swapaxes(1, 2)  # [2, time, batch, projection]
@@ -331,11 +332,11 @@ def draw_negatives(rng, n, n_classes):
         # exp(v) rounds down to k + 1 where v is between log(k + 1) and log(k + 2). The probability of this, for v
         # uniform between 0 and log(n_classes + 1), is P(k).
         v = rng.random(2 * n) * np.log(n_classes + 1)
-        k = np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1)  # rounding errors could make k n_classes
+        k = np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1)  # rounding errors could give n_classes
         drawn = np.append(drawn, k)
         firsts = np.sort(np.unique(drawn, return_index=True)[1])  # where a class is drawn for the first time, in order
         if len(firsts) >= n:
-            return drawn[firsts[:n]], int(firsts[n - 1]) + 1  # with the draw that found the n-th class it was over
+            return drawn[firsts[:n]], int(firsts[n - 1]) + 1  # the draws behind the n-th class do not count
 
 
 def log_expected_count(k, n_draws, n_classes):
@@ -347,16 +348,16 @@ def log_expected_count(k, n_draws, n_classes):
 
 
 def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_q, negative_log_q, not_drawn):
-    """The mean over positions of log(not_drawn · exp t + Σ_k exp s_k) - t, where t is the target's logit minus its
-    log q, and s_k is a negative's logit minus its own log q.
+    """The cross entropy of the target among itself and the negatives, log(exp t + Σ_k exp s_k) - t, its mean over
+    positions: t is the target's logit minus its log q, s_k is a negative's logit minus its own log q.
 
     A class that is drawn often is often a wrong answer. To make up for it log q is subtracted, from the target's logit
     as from a negative's: so the logits learn log p, as under the full softmax (README, "Questions", has the proof).
+    Where the target is itself one of the negatives (an "accidental hit") the sum over these holds exp t already, and it
+    is not added: not_drawn is 0 there, else 1. (TensorFlow drops that negative instead, for the same sum.)
 
     y [n, projection]; rows of Θs: W_target [n, projection], b_target [n], W_negatives [N, projection], b_negatives [N];
-    log q of the classes, [n] and [N]. not_drawn [n] is 1; but where the target is itself one of the negatives (an
-    "accidental hit"), the sum over them holds its exp t already, and not_drawn is 0. (TensorFlow drops that negative
-    instead, for the same sum.)
+    log q of the classes, [n] and [N]; not_drawn [n].
     """
     t = (y * W_target).sum(1) + b_target - target_log_q  # [n]
     log_sum = log_sum_exp(y, W_negatives, b_negatives - negative_log_q)  # [n], log Σ_k exp s_k
@@ -402,9 +403,9 @@ def layer_norm(h):
 
 
 class Elmo(nn.Cell):
-    """ELMo vectors as a layer of a task's network, with the arguments of AllenNLP's `Elmo` but `module`. It is for the
-    network to "concatenate the ELMo vector ELMo_k^task with x_k", here its own embedding of the token, "and pass the
-    ELMo enhanced representation [x_k; ELMo_k^task] into the task RNN" (section 3.3).
+    """ELMo vectors as a layer of a task's network, with the arguments of AllenNLP's `Elmo`, without `module`. It is for
+    the network to "concatenate the ELMo vector ELMo_k^task with x_k", here its own embedding of the token, "and pass
+    the ELMo enhanced representation [x_k; ELMo_k^task] into the task RNN" (section 3.3).
 
     options_file, weight_file: see `BiLM`; num_output_representations: how many mixes of the layers, each with its own s
     and γ; requires_grad: train the biLM too; do_layer_norm: see `layer_norm`; dropout: of the vectors, in training mode
@@ -443,14 +444,15 @@ class Elmo(nn.Cell):
 class Batch(NamedTuple):
     """What one training step reads: a chunk of text (data.Chunk) and what is random. n = time · batch, N negatives.
 
-    Of the sentences "cats sleep" and "dogs bark" the forward direction reads <S> cats sleep <S> dogs bark and predicts
-    cats sleep </S> dogs bark </S>; the backward one reads </S> sleep cats </S> bark dogs and predicts sleep cats <S>
-    bark dogs <S>, in the same time steps of the same stream. (In bilm-tf the two directions read different text.)
+    A stream is one sentence after the other; the backward direction reads each of them from its end. Of "cats sleep"
+    and "dogs bark" the forward direction reads <S> cats sleep <S> dogs bark and predicts cats sleep </S> dogs bark
+    </S>; the backward one reads </S> sleep cats </S> bark dogs and predicts sleep cats <S> bark dogs <S>, in the same
+    time steps. (In bilm-tf the two directions read different text.)
 
     Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
     for words of at most 10 characters, then 100 for words of at most 50. Thus batches have the same shapes, and short
-    words take little time. (data.fill_tiers finds for each word a row that is long enough; the few chunks that need
-    more rows get them at the end.)
+    words take little time: behind a word's end all filters see the same padding, so that one position there is enough.
+    (data.fill_tiers finds for each word a row that is long enough; the few chunks that need more get them at the end.)
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
@@ -512,8 +514,9 @@ def make_step(run, tiers):
 
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the rows of the classes
     that the batch names as negatives or targets change. They are copied out, a row for each time that a class is named,
-    so that all steps have the same shapes; `make_update` finds how they change (of a class's rows only the last does,
-    by the sum of their gradients), and this is added to the tables.
+    so that all steps have the same shapes; `make_update` finds how they change, and this is added to the tables. Of the
+    classes 7 2 7 the first and the last row are both of class 7, each with a part of its gradient: the last row changes
+    by the sum of both, the first by 0.
     """
     update = make_update(run, tiers)
 
@@ -525,7 +528,7 @@ def make_step(run, tiers):
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
         # Rows of W, b, W_sum and b_sum. (If `update` did this, MindSpore would first copy the whole tables.)
         rows = [ops.gather(table, classes, 0) for table in run.tables]
-        places = run.last_places(classes)  # of each row, the last row of the same class
+        places = run.last_places(classes)  # of each row, the last row of the same class: of 7 2 7 they are 2 1 2
         loss, norm, run.lstm_state, changes = update(run.lstm_state, places, *rows, *tensors)
         for table, change in zip(run.tables, changes):
             ops.scatter_add(table, classes, change)
@@ -535,7 +538,7 @@ def make_step(run, tiers):
 
 
 def make_loss(bilm, tiers, workers):
-    """-> the function that computes, of a batch, the loss times loss_scale; the loss; and the LSTMs' state after it.
+    """-> the function that computes, of a batch, what is differentiated; the loss; and the LSTMs' state after it.
 
     "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1). So the
     loss is the mean of -(log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ...; Θx, ←Θ_LSTM, Θs)) / 2,
@@ -548,14 +551,14 @@ def make_loss(bilm, tiers, workers):
         """W [rows, projection], b [rows]: the rows of Θs that `make_step` copied out; loss_scale: 1, or with float16 a
         number that keeps gradients from underflow; the rest: see `Batch`."""
         # W and b consist of rows for: negatives forward, negatives backward; each worker's targets forward, backward.
-        sizes = 2 * [negatives.shape[1]] + 2 * workers.size * [target.shape[1]]
+        sizes = [negatives.shape[1]] * 2 + [target.shape[1]] * (2 * workers.size)
         W, b = ops.split(W, sizes), ops.split(b, sizes)
         own = 2 + 2 * workers.rank  # the first part that is this worker's targets
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
         # bilm-tf's LSTMs begin from zero in the first step and never again; but `Elmo` and `embed` begin each sentence
-        # from zero. So that they learn to, here the state of a stream, of both directions, is set to zero where a chunk
-        # happens to begin with a sentence, as it then does in both. (Most begin within a chunk, and inherit the state
-        # of the one before.)
+        # from zero. So that they learn to, here a stream's state is set to zero, of both directions, where a sentence
+        # begins in the first time step of a chunk. (Most sentences begin in a later one, and inherit the state of the
+        # sentence before.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
         outputs, state = bilm.contextualize(x, state, masks=masks)
@@ -564,7 +567,8 @@ def make_loss(bilm, tiers, workers):
             y = drop(outputs[d][-1], masks[-1][d], o.dropout) if o.dropout else outputs[d][-1]
             loss += sampled_softmax(y.reshape(-1, o.projection), W[own + d], b[own + d], W[d], b[d], target_log_q[d],
                                     negative_log_q[d], not_drawn[d]) / 2
-        return loss_scale * loss, loss, state
+        # bilm-tf differentiates the loss summed over time. Its limit of the gradient's norm is meant for that.
+        return loss_scale * o.unroll_steps * loss, loss, state
 
     return loss_of
 
@@ -587,12 +591,10 @@ def make_update(run, tiers):
         # A class that is named several times has a part of its gradient in each of its rows. The last row gets the sum,
         # which Adagrad must square (as TensorFlow's sparse updates do); the others get 0, and so change by 0.
         dW, db = [ops.unsorted_segment_sum(g, places, g.shape[0]) for g in (dW, db)]
-        # bilm-tf differentiates the loss summed over time: its gradients are unroll_steps · g. It clips them by their
-        # norm over all parameters together, to unroll_steps · g · min(1, limit / norm), here scale · g.
-        norm = o.unroll_steps * ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        if loss_scaler is not None:  # take loss_scale out; after an overflow: norm infinite, gradients 0, the old state
+        norm = ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
+        if loss_scaler is not None:  # takes out loss_scale; an overflow makes norm infinite, gradients 0, state the old
             norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
-        scale = o.unroll_steps * ops.minimum(o.all_clip_norm_val / norm, 1.0)
+        scale = ops.minimum(o.all_clip_norm_val / norm, 1.0)  # clips the norm over all parameters together (bilm-tf)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
         for w, total, g in zip(weights, accumulators, grads):
             adagrad(w, total, o.learning_rate, scale * g)
@@ -626,7 +628,7 @@ def train(args):
             loss, norm = step(batch)  # forward and backward, clipping, Adagrad
             run.step, run.position = run.step + 1, position
             run.losses.append((loss, norm))
-            epoch = 1 + sum(end < run.step for end in run.epoch_ends)  # epoch_ends: the number of each one's last step
+            epoch = 1 + sum(end < run.step for end in run.epoch_ends)  # an epoch's end is the number of its last step
             epoch_is_over = run.step in run.epoch_ends or run.step == run.n_steps
             log_is_due = epoch_is_over or run.step % args.log_every == 0
             if log_is_due:
@@ -1191,7 +1193,7 @@ class Run:
         self.tables = [self.softmax.W, self.softmax.b, accumulator(self.softmax.W), accumulator(self.softmax.b)]
         self.last_place = Parameter(Tensor(np.full(n_classes, -1, np.int32)), requires_grad=False)  # see last_places
         # float16 underflows below 6e-8 and overflows above 65,504: the scale doubles until it does, then halves.
-        self.loss_scaler = ms.amp.DynamicLossScaler(1024, 2, 1000) if amp == "float16" else None
+        self.loss_scaler = ms.amp.DynamicLossScaler(64, 2, 1000) if amp == "float16" else None
         self.lstm_state = zero_state(options, options.batch_size)
         self.step, self.position, self.best = 0, None, math.inf
         self.losses = []   # (loss, norm) of each step since the last line of the log
