@@ -168,8 +168,8 @@ class Recurrence(nn.Cell):
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
-        W_P [dim, projection] -> four results: h of all time steps, [time, batch, projection]; the same as a tuple, of
-        which a step can be taken without a copy; a tuple of the c; what else `FastRecurrence`'s backward pass needs."""
+        W_P [dim, projection] -> (y, hs, cs, saved): y, [time, batch, projection], is h of all time steps, and hs is the
+        same as a tuple; cs is the tuple of c; saved is what else the backward pass of `FastRecurrence` needs."""
         hs, cs, saved = (), (), ()
         for x_t in ops.unstack(x):  # x[t] would be slow
             gates = bias_add(self.matmul(ops.concat((x_t, h), 1), W), B)  # [batch, 4 dim]
@@ -334,7 +334,8 @@ def draw_negatives(rng, n, n_classes):
         v = rng.random(2 * n) * np.log(n_classes + 1)
         k = np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1)  # rounding errors could give n_classes
         drawn = np.append(drawn, k)
-        firsts = np.sort(np.unique(drawn, return_index=True)[1])  # where a class is drawn for the first time, in order
+        _, firsts = np.unique(drawn, return_index=True)  # where each class is drawn for the first time,
+        firsts.sort()                                    # in order: of the draws 5 0 5 3 they are 0 1 3
         if len(firsts) >= n:
             return drawn[firsts[:n]], int(firsts[n - 1]) + 1  # the draws behind the n-th class do not count
 
@@ -451,8 +452,9 @@ class Batch(NamedTuple):
 
     Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
     for words of at most 10 characters, then 100 for words of at most 50. Thus batches have the same shapes, and short
-    words take little time: behind a word's end all filters see the same padding, so that one position there is enough.
-    (data.fill_tiers finds for each word a row that is long enough; the few chunks that need more get them at the end.)
+    words take little time: where a filter sees padding alone all positions score the same, so that the maximum needs
+    one of them only. (data.fill_tiers finds for each word a row that is long enough; the few chunks that need more rows
+    get them at the end.)
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
@@ -515,8 +517,8 @@ def make_step(run, tiers):
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the rows of the classes
     that the batch names as negatives or targets change. They are copied out, a row for each time that a class is named,
     so that all steps have the same shapes; `make_update` finds how they change, and this is added to the tables. Of the
-    classes 7 2 7 the first and the last row are both of class 7, each with a part of its gradient: the last row changes
-    by the sum of both, the first by 0.
+    classes 7 2 7 the first and the last row are both of class 7, each with a part of its gradient: the last row gets
+    the sum of these parts, and changes by what follows from that; the first gets the gradient 0, and changes by 0.
     """
     update = make_update(run, tiers)
 
