@@ -354,8 +354,8 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
 
     A class that is drawn often is often a wrong answer. To make up for it log q is subtracted, from the target's logit
     as from a negative's: so the logits learn log p, as under the full softmax (README, "Questions", has the proof).
-    Where the target is itself one of the negatives (an "accidental hit") the sum over these holds exp t already, and it
-    is not added: not_drawn is 0 there, else 1. (TensorFlow drops that negative instead, for the same sum.)
+    Where the target is itself one of the negatives (an "accidental hit"), Σ_k exp s_k holds exp t already, and exp t is
+    not added again: not_drawn is 0 there, else 1. (TensorFlow drops that negative instead, for the same sum.)
 
     y [n, projection]; rows of Θs: W_target [n, projection], b_target [n], W_negatives [N, projection], b_negatives [N];
     log q of the classes, [n] and [N]; not_drawn [n].
@@ -452,9 +452,9 @@ class Batch(NamedTuple):
 
     Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
     for words of at most 10 characters, then 100 for words of at most 50. Thus batches have the same shapes, and short
-    words take little time: where a filter sees padding alone all positions score the same, so that the maximum needs
-    one of them only. (data.fill_tiers finds for each word a row that is long enough; the few chunks that need more rows
-    get them at the end.)
+    words take little time: the positions behind the first at which all filters see padding alone can be left out, as
+    they score the same. (data.fill_tiers finds for each word a row that is long enough; the few chunks that need more
+    rows get them at the end.)
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
@@ -517,8 +517,8 @@ def make_step(run, tiers):
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the rows of the classes
     that the batch names as negatives or targets change. They are copied out, a row for each time that a class is named,
     so that all steps have the same shapes; `make_update` finds how they change, and this is added to the tables. Of the
-    classes 7 2 7 the first and the last row are both of class 7, each with a part of its gradient: the last row gets
-    the sum of these parts, and changes by what follows from that; the first gets the gradient 0, and changes by 0.
+    classes 70 50 70 the first and the last row are both of class 70, each with a part of its gradient: the last row
+    gets the sum of these parts, and changes by what follows from that; the first gets the gradient 0, and changes by 0.
     """
     update = make_update(run, tiers)
 
@@ -530,7 +530,7 @@ def make_step(run, tiers):
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
         # Rows of W, b, W_sum and b_sum. (If `update` did this, MindSpore would first copy the whole tables.)
         rows = [ops.gather(table, classes, 0) for table in run.tables]
-        places = run.last_places(classes)  # of each row, the last row of the same class: of 7 2 7 they are 2 1 2
+        places = run.last_places(classes)  # of each row, the last row of the same class: of 70 50 70 they are 2 1 2
         loss, norm, run.lstm_state, changes = update(run.lstm_state, places, *rows, *tensors)
         for table, change in zip(run.tables, changes):
             ops.scatter_add(table, classes, change)
@@ -594,7 +594,7 @@ def make_update(run, tiers):
         # which Adagrad must square (as TensorFlow's sparse updates do); the others get 0, and so change by 0.
         dW, db = [ops.unsorted_segment_sum(g, places, g.shape[0]) for g in (dW, db)]
         norm = ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        if loss_scaler is not None:  # takes out loss_scale; an overflow makes norm infinite, gradients 0, state the old
+        if loss_scaler is not None:  # divides by loss_scale; after an overflow nothing changes but the scale
             norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
         scale = ops.minimum(o.all_clip_norm_val / norm, 1.0)  # clips the norm over all parameters together (bilm-tf)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
@@ -685,7 +685,7 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
         total, n, state = np.zeros(2), 0, zero_state(bilm.options, bilm.options.batch_size)
         for arrays, valid in prefetch(chunks(rank=workers.rank, size=workers.size), inputs):
             loss, state = losses(state, *map(Tensor, arrays))
-            # `valid` leaves out what is beyond the text's end.
+            # `valid` leaves out what is beyond the text's end, in the same time steps of both directions.
             total += loss.asnumpy().astype(np.float64)[:, valid.reshape(-1)].sum(1)
             n += int(valid.sum())
         *total, n = workers.sum([*total, n])
@@ -1211,7 +1211,7 @@ class Run:
         self.n_steps = min(self.epoch_ends[-1], n_steps or self.epoch_ends[-1])
 
     def last_places(self, classes):
-        """The last place at which each of the classes [n] stands in this list, int32 [n]: for 7 2 7 5, 2 1 2 3."""
+        """The last place at which each of the classes [n] stands in this list, int32 [n]: for 70 50 70 60, 2 1 2 3."""
         ops.scatter_max(self.last_place, classes, ops.arange(len(classes)).astype(ms.int32))
         places = ops.gather(self.last_place, classes, 0)
         ops.scatter_update(self.last_place, classes, ops.full_like(classes, -1))
