@@ -268,7 +268,7 @@ class BiLM(nn.Cell):
         o, (batch, tokens, _) = self.options, ids.shape
         room_for_end = ops.zeros((batch, 1, MAX_CHARS), ms.int32)
         ids = ops.concat((self.begin.tile((batch, 1, 1)), ids.astype(ms.int32), room_for_end), 1)
-        end = (ids > 0).any(-1).sum(1, keepdims=True, dtype=ms.int32)  # [batch, 1], where </S> goes: behind all these
+        end = (ids > 0).any(-1).sum(1, keepdims=True, dtype=ms.int32)  # [batch, 1], where </S> goes: n words and <S>
         position = ops.arange(tokens + 2).astype(ms.int32).reshape(1, -1)
         ids = ops.where((position == end).reshape(batch, -1, 1), self.end, ids)  # [batch, tokens + 2, 50]
         lengths = end.reshape(-1) + 1  # [batch], with <S> and </S>
@@ -452,9 +452,9 @@ class Batch(NamedTuple):
 
     Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
     for words of at most 10 characters, then 100 for words of at most 50. Thus batches have the same shapes, and short
-    words take little time: the positions behind the first at which all filters see padding alone can be left out, as
-    they score the same. (data.fill_tiers finds for each word a row that is long enough; the few chunks that need more
-    rows get them at the end.)
+    words take little time: where all filters see padding alone the scores are the same at every position, so that the
+    maximum needs one such position, and the others are left out. (data.fill_tiers finds for each word a row that is
+    long enough; the few chunks that need more rows get them at the end.)
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
@@ -517,8 +517,8 @@ def make_step(run, tiers):
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the rows of the classes
     that the batch names as negatives or targets change. They are copied out, a row for each time that a class is named,
     so that all steps have the same shapes; `make_update` finds how they change, and this is added to the tables. Of the
-    classes 70 50 70 the first and the last row are both of class 70, each with a part of its gradient: the last row
-    gets the sum of these parts, and changes by what follows from that; the first gets the gradient 0, and changes by 0.
+    classes 70 50 70 the first and the last row are both of class 70, each with a part of its gradient. Adagrad must
+    square the sum of these parts: so the last row gets the sum, and the first gets the gradient 0 and changes by 0.
     """
     update = make_update(run, tiers)
 
@@ -551,8 +551,9 @@ def make_loss(bilm, tiers, workers):
     def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target, negatives, target_log_q,
                 negative_log_q, not_drawn, masks):
         """W [rows, projection], b [rows]: the rows of Θs that `make_step` copied out; loss_scale: 1, or with float16 a
-        number that keeps gradients from underflow; the rest: see `Batch`."""
+        number that keeps gradients from underflow; the rest: the fields of `Batch`, in its order."""
         # W and b consist of rows for: negatives forward, negatives backward; each worker's targets forward, backward.
+        # (With one worker these are four parts.)
         sizes = [negatives.shape[1]] * 2 + [target.shape[1]] * (2 * workers.size)
         W, b = ops.split(W, sizes), ops.split(b, sizes)
         own = 2 + 2 * workers.rank  # the first part that is this worker's targets
@@ -594,7 +595,7 @@ def make_update(run, tiers):
         # which Adagrad must square (as TensorFlow's sparse updates do); the others get 0, and so change by 0.
         dW, db = [ops.unsorted_segment_sum(g, places, g.shape[0]) for g in (dW, db)]
         norm = ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        if loss_scaler is not None:  # divides by loss_scale; after an overflow nothing changes but the scale
+        if loss_scaler is not None:  # take out loss_scale; an overflow gives: infinite norm, gradients 0, old state
             norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
         scale = ops.minimum(o.all_clip_norm_val / norm, 1.0)  # clips the norm over all parameters together (bilm-tf)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
@@ -625,7 +626,7 @@ def train(args):
     step = make_step(run, tiers)
     perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, run.workers) if heldout else None
     batches = training_batches(run, corpus, tiers)
-    with stop_signals() as signals, contextlib.closing(batches):
+    with stop_signals() as signals, contextlib.closing(batches):  # signals: a list of those that ask to stop
         for batch, position in batches:
             loss, norm = step(batch)  # forward and backward, clipping, Adagrad
             run.step, run.position = run.step + 1, position
@@ -638,11 +639,11 @@ def train(args):
             is_best = False
             if epoch_is_over:  # without held-out text the latest epoch counts as the best
                 is_best = perplexity is None or run.log_and_compare(args.out, epoch, perplexity())
-            # Several workers ask each other for signals only where they log, as asking takes time.
-            stopping = (run.workers.size == 1 or log_is_due) and run.workers.sum([len(signals)])[0] > 0
-            if epoch_is_over or stopping or (args.save_every and run.step % args.save_every == 0):
+            # Several workers add up their signals only where they log, as that takes time.
+            n_signals = run.workers.sum([len(signals)])[0] if run.workers.size == 1 or log_is_due else 0
+            if epoch_is_over or n_signals or (args.save_every and run.step % args.save_every == 0):
                 run.save(args.out, is_best)
-            if stopping or run.step == run.n_steps:
+            if n_signals or run.step == run.n_steps:
                 break
             # The log's tokens/s are timed from the end of the first step, which compiles, then from line to line.
             if run.clock is None or log_is_due:
@@ -681,7 +682,7 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
         return (*fill_tiers(tiers, chunk.words, chunk.word_index), chunk.target), chunk.valid
 
     def perplexity():
-        # Unlike in training, a stream's state is never reset: the figure is to be compared with bilm-tf's.
+        # Unlike in training, a stream's state is never reset, as in bilm-tf, so that the figures can be compared.
         total, n, state = np.zeros(2), 0, zero_state(bilm.options, bilm.options.batch_size)
         for arrays, valid in prefetch(chunks(rank=workers.rank, size=workers.size), inputs):
             loss, state = losses(state, *map(Tensor, arrays))
