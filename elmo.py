@@ -16,13 +16,14 @@ Read this: the paper                          Skip on first reading: what surrou
 Where the paper is silent, its reference code decides, unless a comment says otherwise: bilm-tf, the authors' program in
 TensorFlow.
 
-For readers of PyTorch: an nn.Cell is a Module and its construct is forward; a ParameterTuple is a ParameterList;
-ms.jit compiles a function to a static graph; a cell's bprop, where there is one, is its own backward pass;
-ops.gather(p, i, 0) is p[i], and ops.scatter_add(p, i, d) is p.index_add_(0, i, d).
+For readers of PyTorch: an nn.Cell is a Module and its construct is forward; a ParameterTuple is a ParameterList, here
+for parameters that are to keep their names, which are bilm-tf's; ms.jit compiles a function to a static graph; a cell's
+bprop, where there is one, is its own backward pass; ops.gather(p, i, 0) is p[i], and ops.scatter_add(p, i, d) is
+p.index_add_(0, i, d).
 
 `matmul`, `bias_add` (x + b), `log`, `tanh`, `log_sum_exp(y, W, b)` (log Σ_k exp(y · W_k + b_k)), `compiled` and
-`parameter` are what their names say (part 8). `make_matmul(amp)` returns the product of matrices in the type amp (None:
-float32). data.py reads the text.
+`parameter` are what their names say; part 8 tells why MindSpore's own would not do. `make_matmul(amp)` returns the
+product of matrices in the type amp (None: float32). data.py reads the text.
 """
 import argparse
 import contextlib
@@ -76,7 +77,7 @@ class Options:
     proj_clip: float = 3.0               # and its output h within ± this
     dropout: float = 0.1                 # of the input of each LSTM layer and of the last one's output
     batch_size: int = 128                # streams of text, read side by side by each device
-    unroll_steps: int = 20               # tokens of each stream in a training step; gradients stop there, states do not
+    unroll_steps: int = 20               # tokens of each stream in a training step; gradients go back no further
     sample_softmax: bool = True          # False: train with the full softmax, for small vocabularies
     n_negative_samples_batch: int = 8192
     all_clip_norm_val: float = 10.0      # limit of the gradient's norm over all parameters together
@@ -97,12 +98,12 @@ class CharEncoder(nn.Cell):
         super().__init__()
         o, n_filters = options, sum(n for _, n in options.filters)
         uniform = lambda limit, *shape: rng.uniform(-limit, limit, shape)
-        normal = lambda *shape: rng.normal(0, math.sqrt(1 / math.prod(shape[:-1])), shape)  # shape [..inputs, outputs]
+        normal = lambda *shape: rng.normal(0, math.sqrt(1 / math.prod(shape[:-1])), shape)  # shape: inputs .., outputs
         initial_filters = lambda *shape: uniform(0.05, *shape) if o.activation == "relu" else normal(*shape)
         self.filters, self.char_dim = o.filters, o.char_dim
         self.matmul = make_matmul(amp)
         self.activation = ops.relu if o.activation == "relu" else tanh
-        self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # 256 bytes and 5 marks
+        self.char_embed = parameter("char_embed", uniform(1.0, 261, o.char_dim))  # of ids 1 to 261
         # [1, width, char_dim, n] is the shape that TensorFlow's conv2d takes.
         self.W_cnn = ms.ParameterTuple([parameter(f"CNN/W_cnn_{k}", initial_filters(1, width, o.char_dim, n))
                                         for k, (width, n) in enumerate(o.filters)])
@@ -122,8 +123,8 @@ class CharEncoder(nn.Cell):
         """chars int32 [words, 50] -> x_k [words, projection].
 
         chars, see data.char_ids: 1 to 256 are bytes, 257 and 258 stand for <S> and </S>, 259 and 260 for a word's begin
-        and end; 261 is padding, and embedded like any other; 0 is no word, and embedded as zeros. tiers, how words
-        are grouped by length (see `Batch`), is for `FastCharEncoder` alone.
+        and end; 261 is padding, and embedded like any other; 0 is no word, and embedded as zeros. tiers is
+        ignored here; `FastCharEncoder` needs it.
         """
         embedding = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # [262, char_dim]
         x = self.features(embedding, chars, tiers)  # [words, filters]
@@ -143,7 +144,7 @@ class CharEncoder(nn.Cell):
             # score[p] = [e[p], ..., e[p + width - 1]] · W, for p = 0 ... 50 - width
             patches = ops.concat([e[:, k:k + n_positions] for k in range(width)], 2)  # [words, positions, ..]
             scores = self.matmul(patches.reshape(-1, width * self.char_dim), W.reshape(-1, n))
-            max_scores = scores.reshape(-1, n_positions, n).max(axis=1)  # [words, n]
+            max_scores = scores.reshape(-1, n_positions, n).amax(1)  # [words, n]
             features.append(self.activation(max_scores + b))
         return ops.concat(features, 1)
 
@@ -168,8 +169,9 @@ class Recurrence(nn.Cell):
 
     def construct(self, x, h, c, W, B, W_P):
         """x [time, batch, input], h [batch, projection], c [batch, dim], W [input + projection, 4 dim], B [4 dim],
-        W_P [dim, projection] -> (y, hs, cs, saved): y, [time, batch, projection], is h of all time steps, and hs is the
-        same as a tuple; cs is the tuple of c; saved is what else the backward pass of `FastRecurrence` needs."""
+        W_P [dim, projection] -> (y, hs, cs, saved): y, [time, batch, projection], is h of all time steps; hs is the
+        same as a tuple, since indexing y would be slow; cs is the tuple of c; saved is what else the backward pass of
+        `FastRecurrence` needs."""
         hs, cs, saved = (), (), ()
         for x_t in ops.unstack(x):  # x[t] would be slow
             gates = bias_add(self.matmul(ops.concat((x_t, h), 1), W), B)  # [batch, 4 dim]
@@ -189,8 +191,6 @@ class ProjectedLSTM(nn.Cell):
     def __init__(self, name, options, rng, recurrence):
         super().__init__()
         glorot = lambda m, n: rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
-        # A ParameterTuple, because it leaves its parameters their names, which are bilm-tf's. (An attribute self.W
-        # would be renamed "W", as this cell is part of another.)
         self.weights = ms.ParameterTuple([
             parameter(name + "W_0", glorot(2 * options.projection, 4 * options.dim)),
             parameter(name + "B", np.zeros(4 * options.dim)),
@@ -199,8 +199,8 @@ class ProjectedLSTM(nn.Cell):
 
     def construct(self, x, state, lengths=None):
         """x [time, batch, projection]; state [batch, projection + dim], h beside c. Returns h of all time steps, of the
-        shape of x, and the state after the last one or, given lengths, int32 [batch], after each row's own last one.
-        The state has no gradient."""
+        shape of x, and the new state, without a gradient: the one after the last time step or, given lengths, int32
+        [batch], for each row the one after so many time steps."""
         W, B, W_P = self.weights
         h, c = ops.split(state, [W_P.shape[1], W_P.shape[0]], 1)
         y, hs, cs, _ = self.recurrence(x, h, c, W, B, W_P)
@@ -239,8 +239,8 @@ class BiLM(nn.Cell):
         the new state.
 
         x [2, time, batch, projection], both directions in their own reading order; state [2, layers, batch,
-        projection + dim]; lengths: see `ProjectedLSTM`; masks [layers + 1][2], those of dropout, the last for the
-        output (see `drop`, `make_loss`).
+        projection + dim]; lengths: see `ProjectedLSTM`; masks[layer][direction]: of dropout, for each layer's input,
+        with one more for the output (see `make_loss`).
         """
         o, outputs, states = self.options, [], []
         for direction, (y, old_states) in enumerate(zip(ops.unstack(x), ops.unstack(state))):
@@ -249,7 +249,7 @@ class BiLM(nn.Cell):
                 y_in = y if masks is None else drop(y, masks[layer][direction], o.dropout)
                 y, new_state = self.lstms[2 * layer + direction](y_in, old_state, lengths)
                 if layer > 0 and o.use_skip_connections:
-                    # "a residual connection from the first to second layer" (3.4); of its input after dropout (bilm-tf)
+                    # "a residual connection from the first to second layer" (3.4), after the dropout (bilm-tf)
                     y = y + y_in
                 layers.append(y)
                 states.append(new_state)
@@ -261,17 +261,18 @@ class BiLM(nn.Cell):
 
         layers: R_k = {h_k,j | j = 0, ..., L} (section 3.2), each [batch, tokens, 2 · projection], forward beside
         backward; h_k,0 is x_k twice. mask: bool [batch, tokens], where there is a token. state [2, layers, batch,
-        projection + dim]: the LSTMs' after they have read each sentence, without a gradient; pass it to the next call
-        if its row k continues row k of this one. <S> and </S> are added, and left out of the result unless
-        keep_sentence_boundaries says otherwise: then there are 2 tokens more.
+        projection + dim]: the LSTMs' after they have read each sentence, without a gradient. Given to the next call, it
+        is where the LSTMs of both directions begin (as in bilm-tf). <S> and </S> are added, and left out of the result
+        unless keep_sentence_boundaries says otherwise: then there are 2 tokens more.
         """
         o, (batch, tokens, _) = self.options, ids.shape
         room_for_end = ops.zeros((batch, 1, MAX_CHARS), ms.int32)
         ids = ops.concat((self.begin.tile((batch, 1, 1)), ids.astype(ms.int32), room_for_end), 1)
-        end = (ids > 0).any(-1).sum(1, keepdims=True, dtype=ms.int32)  # [batch, 1], where </S> goes: n words and <S>
+        n_words = (ids > 0).any(-1).sum(1, keepdims=True, dtype=ms.int32) - 1  # [batch, 1], without <S>
         position = ops.arange(tokens + 2).astype(ms.int32).reshape(1, -1)
-        ids = ops.where((position == end).reshape(batch, -1, 1), self.end, ids)  # [batch, tokens + 2, 50]
-        lengths = end.reshape(-1) + 1  # [batch], with <S> and </S>
+        is_end = position == n_words + 1  # behind <S> at position 0 and the words
+        ids = ops.where(is_end.reshape(batch, -1, 1), self.end, ids)  # [batch, tokens + 2, 50]
+        lengths = n_words.reshape(-1) + 2  # [batch]
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, tokens + 2, -1)
         reversed_x = ops.reverse_sequence(x, lengths, seq_dim=1, batch_dim=0)
         both = ops.stack((x, reversed_x)).swapaxes(1, 2)  # [2, time, batch, projection]
@@ -281,9 +282,9 @@ class BiLM(nn.Cell):
         for f, b in zip(forward, backward):
             b = ops.reverse_sequence(b.swapaxes(0, 1), lengths, seq_dim=1, batch_dim=0)
             layers.append(ops.concat((f.swapaxes(0, 1), b), -1))  # [batch, tokens + 2, 2 · projection]
-        mask = position <= end
         if not keep_sentence_boundaries:
-            layers, mask = [layer[:, 1:-1] for layer in layers], (position < end)[:, 1:-1]
+            layers, lengths = [layer[:, 1:-1] for layer in layers], lengths - 2
+        mask = ops.arange(layers[0].shape[1]).astype(ms.int32) < lengths.reshape(-1, 1)  # [batch, tokens]
         return [layer * mask.astype(layer.dtype).reshape(*mask.shape, 1) for layer in layers], mask, state
 
 
@@ -342,8 +343,8 @@ def draw_negatives(rng, n, n_classes):
 
 def log_expected_count(k, n_draws, n_classes):
     """log q(k) for classes k, an array: q(k) = 1 - (1 - P(k))^n_draws, P as in `draw_negatives`, is the probability
-    that n_draws draws hold class k, and since k is a negative at most once, its expected count, too. (TensorFlow's
-    approximation: in fact the number of draws is random.)"""
+    that n_draws draws hold class k, and so its expected count among the negatives, which are distinct. (n_draws is
+    random, but taken as given, as in TensorFlow.)"""
     p = np.log((k + 2) / (k + 1)) / np.log(n_classes + 1)
     return np.log(-np.expm1(n_draws * np.log1p(-p)))
 
@@ -354,15 +355,15 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
 
     A class that is drawn often is often a wrong answer. To make up for it log q is subtracted, from the target's logit
     as from a negative's: so the logits learn log p, as under the full softmax (README, "Questions", has the proof).
-    Where the target is itself one of the negatives (an "accidental hit"), Σ_k exp s_k holds exp t already, and exp t is
-    not added again: not_drawn is 0 there, else 1. (TensorFlow drops that negative instead, for the same sum.)
+    Where the target is itself one of the negatives (an "accidental hit"), that negative's s_k is t, and exp t is not
+    added to Σ_k exp s_k again: not_drawn is 0 there, else 1. (TensorFlow drops the negative instead: the same sum.)
 
     y [n, projection]; rows of Θs: W_target [n, projection], b_target [n], W_negatives [N, projection], b_negatives [N];
     log q of the classes, [n] and [N]; not_drawn [n].
     """
     t = (y * W_target).sum(1) + b_target - target_log_q  # [n]
     log_sum = log_sum_exp(y, W_negatives, b_negatives - negative_log_q)  # [n], log Σ_k exp s_k
-    m = ops.stop_gradient(ops.maximum(log_sum, t))  # so that no exp overflows
+    m = ops.stop_gradient(ops.maximum(log_sum, t))  # so that no exp overflows; m cancels, and so do its gradients
     return (log(ops.exp(log_sum - m) + not_drawn * ops.exp(t - m)) + m - t).mean()
 
 
@@ -450,13 +451,11 @@ class Batch(NamedTuple):
     </S>; the backward one reads </S> sleep cats </S> bark dogs and predicts sleep cats <S> bark dogs <S>, in the same
     time steps. (In bilm-tf the two directions read different text.)
 
-    Each distinct word of the chunk is encoded once. The rows of chars form tiers: ((800, 10), (100, 50)) are 800 rows
-    for words of at most 10 characters, then 100 for words of at most 50. Thus batches have the same shapes, and short
-    words take little time: where all filters see padding alone the scores are the same at every position, so that the
-    maximum needs one such position, and the others are left out. (data.fill_tiers finds for each word a row that is
-    long enough; the few chunks that need more rows get them at the end.)
+    Each distinct word of the chunk is encoded once, in a row of chars. There are more rows than words: a fixed number
+    for short words, a fixed number for longer ones, and so on (the tiers). So batches have the same shapes, but for the
+    few that need more rows, and short words can be encoded in less time (see `FastCharEncoder`).
     """
-    chars: np.ndarray           # int32 [words, 50], the distinct words in their tiers; rows that are left over are 0
+    chars: np.ndarray           # int32 [words, 50], the distinct words; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
     reset_state: np.ndarray     # bool [batch], where the LSTMs of both directions begin from zero (see `make_loss`)
     target: np.ndarray          # int32 [2, n], the class to predict
@@ -470,12 +469,11 @@ class Batch(NamedTuple):
 
 def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
     """A chunk of text -> the `Batch` of a step. What is random depends on the seed and the step, so that a run can be
-    resumed; the 1 and the 2 beside the seed give negatives and masks different numbers. All workers have the same
-    negatives, so that a step changes fewer rows of Θs (bilm-tf draws them for each device); each has masks of its
-    own."""
+    resumed. All workers have the same negatives, so that a step changes fewer rows of Θs (bilm-tf draws them for each
+    device); each has masks of its own."""
     o, target = options, chunk.target.reshape(2, -1)
     if o.sample_softmax:
-        rng = np.random.default_rng([seed, step, 1])
+        rng = np.random.default_rng([seed, step, 1])  # 1 for negatives; 2 for masks, which need other numbers
         samples = [draw_negatives(rng, o.n_negative_samples_batch, n_classes) for _ in range(2)]
         negatives = np.stack([classes for classes, _ in samples])
         n_draws = np.array([[count] for _, count in samples])  # [2, 1]
@@ -483,7 +481,7 @@ def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
     else:  # the full softmax is the sampled one with every class drawn, for sure: q = 1, and each target is a negative
         negatives = np.tile(np.arange(n_classes), (2, 1))
         target_log_q, negative_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
-    chars, word_index = fill_tiers(tiers, chunk.words, chunk.word_index)
+    chars, word_index = fill_tiers(tiers, chunk.words, chunk.word_index)  # rows of chars, and the row of each token
     shape = (o.n_layers + 1, *chunk.word_index.shape, o.projection) if o.dropout else (0,)
     return Batch(chars, word_index, chunk.reset_state, target, negatives.astype(np.int32),
                  target_log_q.astype(np.float32), negative_log_q.astype(np.float32),
@@ -492,7 +490,8 @@ def make_batch(chunk, step, tiers, n_classes, options, seed, rank=0):
 
 
 def training_batches(run, corpus, tiers):
-    """The endless stream of (`Batch`, position of the text streams after it), from where the `Run` (part 11) stands."""
+    """The endless stream of (`Batch`, position of the text streams after it), from where the `Run` (part 11) stands;
+    threads make a few batches ahead."""
     rank, size = run.workers.rank, run.workers.size
 
     def make(step_and_chunk):
@@ -516,22 +515,22 @@ def make_step(run, tiers):
 
     The tables are too large to be updated whole: for 793,471 words, W alone is 1.6 GB. But only the rows of the classes
     that the batch names as negatives or targets change. They are copied out, a row for each time that a class is named,
-    so that all steps have the same shapes; `make_update` finds how they change, and this is added to the tables. Of the
-    classes 70 50 70 the first and the last row are both of class 70, each with a part of its gradient. Adagrad must
-    square the sum of these parts: so the last row gets the sum, and the first gets the gradient 0 and changes by 0.
+    so that all steps have the same shapes; `make_update` finds how they change, and this is added to the tables.
     """
     update = make_update(run, tiers)
 
     def step(batch):
         tensors = Batch(*map(Tensor, batch))
-        # All workers have the same negatives. Each takes the targets of all: so row k is of the same class on all of
-        # them, and their gradients can be averaged.
+        # All workers name the same classes: the negatives, which they share, and the targets of all of them. So row k
+        # is of the same class everywhere, and their gradients (0 where only others use a row) can be averaged.
         targets = run.workers.gather(tensors.target)  # [workers, 2, n]
         classes = ops.concat((tensors.negatives.reshape(-1), targets.reshape(-1)))  # [2N + workers · 2n]
-        # Rows of W, b, W_sum and b_sum. (If `update` did this, MindSpore would first copy the whole tables.)
+        # Rows of W, b, W_sum, b_sum. (Read here, changed below: one graph that did both would copy the whole tables.)
         rows = [ops.gather(table, classes, 0) for table in run.tables]
-        places = run.last_places(classes)  # of each row, the last row of the same class: of 70 50 70 they are 2 1 2
-        loss, norm, run.lstm_state, changes = update(run.lstm_state, places, *rows, *tensors)
+        # places[k] is the last row of the same class as row k: 2 1 2 for classes 70 50 70. There the gradient's parts
+        # are summed. (Any one row of the class would do.)
+        places = run.last_places(classes)
+        loss, norm, run.lstm_state, changes = update(*rows, places, run.lstm_state, *tensors)
         for table, change in zip(run.tables, changes):
             ops.scatter_add(table, classes, change)
         return loss, norm
@@ -540,7 +539,8 @@ def make_step(run, tiers):
 
 
 def make_loss(bilm, tiers, workers):
-    """-> the function that computes, of a batch, what is differentiated; the loss; and the LSTMs' state after it.
+    """-> the function of a batch that returns loss_scale · unroll_steps · loss, which is differentiated; the loss; and
+    the LSTMs' state after the batch.
 
     "Our formulation jointly maximizes the log likelihood of the forward and backward directions" (section 3.1). So the
     loss is the mean of -(log p(t_k | t_1, ..., t_k-1; Θx, →Θ_LSTM, Θs) + log p(t_k | t_k+1, ...; Θx, ←Θ_LSTM, Θs)) / 2,
@@ -548,28 +548,27 @@ def make_loss(bilm, tiers, workers):
     """
     o = bilm.options
 
-    def loss_of(W, b, state, loss_scale, chars, word_index, reset_state, target, negatives, target_log_q,
+    def loss_of(W, b, loss_scale, state, chars, word_index, reset_state, target, negatives, target_log_q,
                 negative_log_q, not_drawn, masks):
         """W [rows, projection], b [rows]: the rows of Θs that `make_step` copied out; loss_scale: 1, or with float16 a
         number that keeps gradients from underflow; the rest: the fields of `Batch`, in its order."""
-        # W and b consist of rows for: negatives forward, negatives backward; each worker's targets forward, backward.
-        # (With one worker these are four parts.)
-        sizes = [negatives.shape[1]] * 2 + [target.shape[1]] * (2 * workers.size)
+        # The rows are: negatives forward, negatives backward; worker 0's targets forward, backward; worker 1's; ...
+        sizes = 2 * [negatives.shape[1]] + 2 * workers.size * [target.shape[1]]
         W, b = ops.split(W, sizes), ops.split(b, sizes)
-        own = 2 + 2 * workers.rank  # the first part that is this worker's targets
+        own = 2 + 2 * workers.rank  # the first of these parts with this worker's targets
+        W_negatives, b_negatives, W_targets, b_targets = W[:2], b[:2], W[own:own + 2], b[own:own + 2]
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
         # bilm-tf's LSTMs begin from zero in the first step and never again; but `Elmo` and `embed` begin each sentence
-        # from zero. So that they learn to, here a stream's state is set to zero, of both directions, where a sentence
-        # begins in the first time step of a chunk. (Most sentences begin in a later one, and inherit the state of the
-        # sentence before.)
+        # from zero. So that the LSTMs learn this, a stream's state is set to zero here, for both directions, where a
+        # chunk starts at a sentence's start. (Most sentences start within a chunk, and inherit the state before them.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         masks = [ops.unstack(mask) for mask in ops.unstack(masks)] if o.dropout else None
         outputs, state = bilm.contextualize(x, state, masks=masks)
         loss = 0.0
         for d in (0, 1):
             y = drop(outputs[d][-1], masks[-1][d], o.dropout) if o.dropout else outputs[d][-1]
-            loss += sampled_softmax(y.reshape(-1, o.projection), W[own + d], b[own + d], W[d], b[d], target_log_q[d],
-                                    negative_log_q[d], not_drawn[d]) / 2
+            loss += sampled_softmax(y.reshape(-1, o.projection), W_targets[d], b_targets[d], W_negatives[d],
+                                    b_negatives[d], target_log_q[d], negative_log_q[d], not_drawn[d]) / 2
         # bilm-tf differentiates the loss summed over time. Its limit of the gradient's norm is meant for that.
         return loss_scale * o.unroll_steps * loss, loss, state
 
@@ -583,19 +582,19 @@ def make_update(run, tiers):
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
     adagrad = ops.ApplyAdagrad()
-    # -> the loss function's three results, and the gradients of the first one, ((dW, db), grads)
+    # -> the three results of `loss_of`; the gradients of the first, by arguments 0 and 1 (W, b) and by the weights
     gradient = ms.value_and_grad(make_loss(run.bilm, tiers, workers), (0, 1), weights, has_aux=True)
 
     @compiled
-    def update(state, places, W, b, W_sum, b_sum, *batch):
+    def update(W, b, W_sum, b_sum, places, state, *batch):
         loss_scale = 1.0 if loss_scaler is None else loss_scaler.scale_value  # a Parameter, read in each step
-        (_, loss, new_state), ((dW, db), grads) = gradient(W, b, state, loss_scale, *batch)
+        (_, loss, new_state), ((dW, db), grads) = gradient(W, b, loss_scale, state, *batch)
         loss, dW, db, *grads = workers.mean((loss, dW, db, *grads))
-        # A class that is named several times has a part of its gradient in each of its rows. The last row gets the sum,
-        # which Adagrad must square (as TensorFlow's sparse updates do); the others get 0, and so change by 0.
+        # Of the classes 70 50 70 (places 2 1 2), rows 0 and 2 have a part of class 70's gradient each. Adagrad must
+        # square their sum (as in bilm-tf): row 2 gets it, and row 0 gets 0, and so changes by 0.
         dW, db = [ops.unsorted_segment_sum(g, places, g.shape[0]) for g in (dW, db)]
         norm = ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
-        if loss_scaler is not None:  # take out loss_scale; an overflow gives: infinite norm, gradients 0, old state
+        if loss_scaler is not None:  # removes loss_scale, and adjusts it; on overflow: norm ∞, gradients 0, old state
             norm, new_state, dW, db, *grads = undo_loss_scale(loss_scaler, norm, state, new_state, [dW, db, *grads])
         scale = ops.minimum(o.all_clip_norm_val / norm, 1.0)  # clips the norm over all parameters together (bilm-tf)
         # Adagrad, in place for all but Θs: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
@@ -620,34 +619,31 @@ def train(args):
         return
     print(f"{run.n_steps:,} steps of {run.tokens_per_step:,} tokens; compiling the training step", flush=True)
 
-    # The first chunks tell how many rows of each length the words of a chunk need. A later chunk that needs more gets
-    # more rows in the last tier (fill_tiers), at the price of a compilation for the new shape.
+    # The first chunks tell how many rows of each length the words of a chunk need.
     tiers = measure_tiers(read_chunks(corpus, run.vocabulary, run.options, run.seed))
     step = make_step(run, tiers)
     perplexity = make_perplexity(run.bilm, run.softmax, run.vocabulary, heldout, run.workers) if heldout else None
-    batches = training_batches(run, corpus, tiers)
+    batches, first_step = training_batches(run, corpus, tiers), run.step + 1
     with stop_signals() as signals, contextlib.closing(batches):  # signals: a list of those that ask to stop
         for batch, position in batches:
             loss, norm = step(batch)  # forward and backward, clipping, Adagrad
             run.step, run.position = run.step + 1, position
             run.losses.append((loss, norm))
-            epoch = 1 + sum(end < run.step for end in run.epoch_ends)  # an epoch's end is the number of its last step
-            epoch_is_over = run.step in run.epoch_ends or run.step == run.n_steps
+            epoch_is_over = run.step in run.epoch_ends or run.step == run.n_steps  # or the run is over
             log_is_due = epoch_is_over or run.step % args.log_every == 0
             if log_is_due:
-                run.log_loss(args.out, epoch)  # the sampled loss; waits for the device
+                run.log_loss(args.out)  # the mean of run.losses, which it empties; waits for the device
             is_best = False
             if epoch_is_over:  # without held-out text the latest epoch counts as the best
-                is_best = perplexity is None or run.log_and_compare(args.out, epoch, perplexity())
-            # Several workers add up their signals only where they log, as that takes time.
-            n_signals = run.workers.sum([len(signals)])[0] if run.workers.size == 1 or log_is_due else 0
-            if epoch_is_over or n_signals or (args.save_every and run.step % args.save_every == 0):
+                is_best = perplexity is None or run.log_and_compare(args.out, perplexity())
+            # Several workers must stop in the same step. They ask each other only in steps that log: it takes time.
+            is_asked_to_stop = (log_is_due or run.workers.size == 1) and run.workers.any(len(signals) > 0)
+            if epoch_is_over or is_asked_to_stop or (args.save_every and run.step % args.save_every == 0):
                 run.save(args.out, is_best)
-            if n_signals or run.step == run.n_steps:
+            if is_asked_to_stop or run.step == run.n_steps:
                 break
-            # The log's tokens/s are timed from the end of the first step, which compiles, then from line to line.
-            if run.clock is None or log_is_due:
-                run.clock = run.step, time.perf_counter()
+            if log_is_due or run.step == first_step:
+                run.start_clock()  # the next line's tokens/s count from here: without compiling and testing
     if run.step < run.n_steps:
         command = shlex.join(args.argv) + ("" if args.resume else " --resume")
         print(f"stopped after step {run.step:,}, which is saved; to go on: python {command}", flush=True)
@@ -656,7 +652,7 @@ def train(args):
 class Perplexities(NamedTuple):
     forward: float
     backward: float
-    average: float  # exp of the mean loss of both directions (bilm-tf); the paper reports 39.7 (section 3.4)
+    average: float  # exp of the mean loss of both directions (bilm-tf); the paper has an average of 39.7 (3.4)
     predictions: int  # of each direction
 
     def __str__(self):
@@ -682,7 +678,7 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
         return (*fill_tiers(tiers, chunk.words, chunk.word_index), chunk.target), chunk.valid
 
     def perplexity():
-        # Unlike in training, a stream's state is never reset, as in bilm-tf, so that the figures can be compared.
+        # As in bilm-tf, and unlike in training here, a stream's state is never reset: so the figures can be compared.
         total, n, state = np.zeros(2), 0, zero_state(bilm.options, bilm.options.batch_size)
         for arrays, valid in prefetch(chunks(rank=workers.rank, size=workers.size), inputs):
             loss, state = losses(state, *map(Tensor, arrays))
@@ -769,7 +765,13 @@ def undo_loss_scale(loss_scaler, norm, state, new_state, gradients):
 
 
 class FastCharEncoder(CharEncoder):
-    """`CharEncoder` with one product for the filters of all widths, for words in tiers of length."""
+    """`CharEncoder` with one product for the filters of all widths, and less work for short words.
+
+    The words stand in tiers: ((800, 10), (100, 50)) says that the first 800 have at most 10 characters, the next 100 at
+    most 50. Behind a word's end all filters see padding alone, and score the same at each such position. The maximum
+    needs but one of them: so a tier leaves out the others. (data.measure_tiers chooses tiers; data.fill_tiers finds for
+    each word a row that is long enough, and appends rows for the few chunks that need more.)
+    """
 
     def __init__(self, options, rng, amp=None):
         super().__init__(options, rng, amp)
@@ -779,8 +781,8 @@ class FastCharEncoder(CharEncoder):
         self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] + widths > MAX_CHARS, -1e4, 0), ms.float32)
 
     def features(self, embedding, chars, tiers):
-        """As `CharEncoder.features`. tiers = ((n, limit), ...), see data.measure_tiers: the first n words have at most
-        `limit` characters that are not padding, and so on; the last tier takes all that are left, at full length."""
+        """As `CharEncoder.features`. tiers = ((number of words, their characters), ...), marks of begin and end
+        included; whatever is left belongs to the last tier, at full length."""
         # All filters side by side; rows of zeros make each as wide as the widest. (By concat, here and below: ops.pad
         # has a wrong gradient in MindSpore 2.10 from the second run on.)
         kernel = ops.concat([
@@ -790,7 +792,7 @@ class FastCharEncoder(CharEncoder):
         chars = ops.concat((chars, ops.zeros((chars.shape[0], self.widest - 1), ms.int32)), 1)
         max_scores, first = [], 0
         for n, limit in (*tiers[:-1], (chars.shape[0], MAX_CHARS)):  # the last takes what is left
-            # From a word's end on every filter sees padding alone and scores the same: one such position is enough.
+            # `limit` positions that see characters, and one that sees padding alone
             max_scores.append(self.max_scores(embedding, chars[first:first + n], kernel, min(limit + 1, MAX_CHARS)))
             first += n
         return self.activation(bias_add(ops.concat(max_scores), ops.concat(list(self.b_cnn))))
@@ -1229,9 +1231,16 @@ class Run:
                              f"norm {numbers[k, 1]}; checkpoints from before are good; train with a lower --lr")
         return numbers[finite]
 
-    def log_loss(self, folder, epoch):
+    def epoch(self):
+        """The number of the epoch that the last step belonged to, from 1."""
+        return 1 + sum(end < self.step for end in self.epoch_ends)  # the ends are numbers of last steps
+
+    def start_clock(self):
+        self.clock = self.step, time.perf_counter()
+
+    def log_loss(self, folder):
         """One line on the console and in log.csv: the mean loss since the last, tokens a second, the time left."""
-        loss, speed, left = self.fetch_losses()[:, 0].mean(), "", ""
+        epoch, loss, speed, left = self.epoch(), self.fetch_losses()[:, 0].mean(), "", ""
         if self.clock:
             rate = (self.step - self.clock[0]) / (time.perf_counter() - self.clock[1])
             speed = f"{rate * self.tokens_per_step:.0f}"
@@ -1241,9 +1250,9 @@ class Run:
         self.log.append(f"{self.step},{epoch},{loss:.6f},{speed},,,")
         self.write_log(folder)
 
-    def log_and_compare(self, folder, epoch, scores):
+    def log_and_compare(self, folder, scores):
         """At an epoch's end: adds the held-out `Perplexities` to the last line -> whether it is the best so far."""
-        print(f"epoch {epoch}: held-out {scores}", flush=True)
+        print(f"epoch {self.epoch()}: held-out {scores}", flush=True)
         self.log[-1] = self.log[-1][:-2] + f"{scores.forward:.4f},{scores.backward:.4f},{scores.average:.4f}"
         self.write_log(folder)
         is_best, self.best = scores.average < self.best, min(self.best, scores.average)
@@ -1497,6 +1506,10 @@ class Workers:
             return numbers
         high = np.array(numbers, np.float32)  # in two float32, which all devices can add
         return self.all_reduce(Tensor(np.float32([high, numbers - high]))).asnumpy().sum(0, np.float64).tolist()
+
+    def any(self, condition):
+        """Whether a condition holds for any worker."""
+        return self.sum([int(condition)])[0] > 0
 
 
 # ---- 13. Command line ------------------------------------------------------------------------------------------------
