@@ -124,7 +124,7 @@ class CharEncoder(nn.Cell):
 
         chars, see data.char_ids: 1 to 256 are bytes, 257 and 258 stand for <S> and </S>, 259 and 260 for a word's begin
         and end; 261 is padding, and embedded like any other; 0 is no word, and embedded as zeros. tiers is
-        ignored here; `FastCharEncoder` needs it.
+        ignored here; to `FastCharEncoder` it tells how long the words are at most (see `Batch`).
         """
         embedding = ops.concat((ops.zeros((1, self.char_dim), ms.float32), self.char_embed))  # [262, char_dim]
         x = self.features(embedding, chars, tiers)  # [words, filters]
@@ -249,7 +249,7 @@ class BiLM(nn.Cell):
                 y_in = y if masks is None else drop(y, masks[layer][direction], o.dropout)
                 y, new_state = self.lstms[2 * layer + direction](y_in, old_state, lengths)
                 if layer > 0 and o.use_skip_connections:
-                    # "a residual connection from the first to second layer" (3.4), after the dropout (bilm-tf)
+                    # "a residual connection from the first to second layer" (3.4): of its dropped-out input (bilm-tf)
                     y = y + y_in
                 layers.append(y)
                 states.append(new_state)
@@ -354,7 +354,8 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
     positions: t is the target's logit minus its log q, s_k is a negative's logit minus its own log q.
 
     A class that is drawn often is often a wrong answer. To make up for it log q is subtracted, from the target's logit
-    as from a negative's: so the logits learn log p, as under the full softmax (README, "Questions", has the proof).
+    as from a negative's (TensorFlow does the same): so the logits learn log p, as under the full softmax. README,
+    "Questions", has the proof.
     Where the target is itself one of the negatives (an "accidental hit"), that negative's s_k is t, and exp t is not
     added to Σ_k exp s_k again: not_drawn is 0 there, else 1. (TensorFlow drops the negative instead: the same sum.)
 
@@ -436,7 +437,7 @@ class Elmo(nn.Cell):
         """ids int [batch, tokens, 50] from `data.batch_to_ids` -> {'elmo_representations': one [batch, tokens,
         2 · projection] for each mix, 'mask': bool [batch, tokens]}; with sentence boundaries, tokens + 2."""
         layers, mask, _ = self.bilm(ids, None, self.keep_sentence_boundaries)
-        if not self.requires_grad:  # "we first freeze the weights of the biLM" (3.3): this saves its backward pass
+        if not self.requires_grad:  # "we first freeze the weights of the biLM" (3.3): its backward pass is not compiled
             layers = [ops.stop_gradient(layer) for layer in layers]
         return {"elmo_representations": [self.dropout(mix(layers)) for mix in self.scalar_mixes], "mask": mask}
 
@@ -453,7 +454,7 @@ class Batch(NamedTuple):
 
     Each distinct word of the chunk is encoded once, in a row of chars. There are more rows than words: a fixed number
     for short words, a fixed number for longer ones, and so on (the tiers). So batches have the same shapes, but for the
-    few that need more rows, and short words can be encoded in less time (see `FastCharEncoder`).
+    few that need more rows (the step is compiled again for them), and short words can be encoded in less time.
     """
     chars: np.ndarray           # int32 [words, 50], the distinct words; rows that are left over are 0
     word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
