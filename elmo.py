@@ -13,8 +13,7 @@ Read this: the paper                          Skip on first reading: what surrou
   6. ELMo: the scalar mix (3.2, 3.3)           13. Command line
   7. Training and perplexity (3.1, 3.4)
 
-Where the paper is silent, its reference code decides, unless a comment says otherwise: bilm-tf, the authors' program in
-TensorFlow.
+Where the paper is silent, bilm-tf decides, the authors' program in TensorFlow, unless a comment says otherwise.
 
 For readers of PyTorch: an nn.Cell is a Module and its construct is forward; a ParameterTuple is a ParameterList, here
 for parameters that are to keep their names, which are bilm-tf's; ms.jit compiles a function to a static graph; a cell's
@@ -578,8 +577,7 @@ def make_loss(bilm, tiers, workers):
 
 def make_update(run, tiers):
     """-> the computation of a training step as one static graph: loss, gradient, clipping, Adagrad. Its W, b, W_sum and
-    b_sum are the rows that `make_step` copied out, dW and db the gradients by W and b; `grads` are those by the biLM's
-    weights."""
+    b_sum are the rows that `make_step` copied out; dW, db and grads the gradients by W, b and the biLM's weights."""
     o, workers, loss_scaler = run.options, run.workers, run.loss_scaler  # loss_scaler: of float16, else None
     weights, accumulators = ms.ParameterTuple(run.bilm.trainable_params()), run.accumulators
     adagrad = ops.ApplyAdagrad()
@@ -612,8 +610,7 @@ def make_update(run, tiers):
 
 
 def train(args):
-    """Trains a biLM (section 3.4) or, with --weights, trains one further: "fine tuning the biLM on domain specific
-    data" (3.4)."""
+    """Trains a biLM or, with --weights, trains one further: "fine tuning the biLM on domain specific data" (3.4)."""
     run, corpus, heldout = open_run(args)  # part 11: options, text and weights, and where a resumed run stands
     if run.step >= run.n_steps:
         print("all steps are done; more --epochs or --steps train further")
@@ -634,9 +631,8 @@ def train(args):
             log_is_due = epoch_is_over or run.step % args.log_every == 0
             if log_is_due:
                 run.log_loss(args.out)  # the mean of run.losses, which it empties; waits for the device
-            is_best = False
-            if epoch_is_over:  # without held-out text the latest epoch counts as the best
-                is_best = perplexity is None or run.log_and_compare(args.out, perplexity())
+            # Without held-out text the latest epoch counts as the best.
+            is_best = epoch_is_over and (perplexity is None or run.log_and_compare(args.out, perplexity()))
             # Several workers must stop in the same step. They ask each other only in steps that log: it takes time.
             is_asked_to_stop = (log_is_due or run.workers.size == 1) and run.workers.any(len(signals) > 0)
             if epoch_is_over or is_asked_to_stop or (args.save_every and run.step % args.save_every == 0):
@@ -778,7 +774,7 @@ class FastCharEncoder(CharEncoder):
         super().__init__(options, rng, amp)
         self.widest = max(width for width, _ in options.filters)
         # Added to the scores, so that no filter wins where it reaches beyond character 50.
-        widths = np.repeat([width for width, _ in options.filters], [n for _, n in options.filters])  # of each filter
+        widths = np.repeat(*zip(*options.filters))  # of each filter
         self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] + widths > MAX_CHARS, -1e4, 0), ms.float32)
 
     def features(self, embedding, chars, tiers):
@@ -805,16 +801,14 @@ class FastCharEncoder(CharEncoder):
         scores = self.matmul(e, kernel).reshape(chars.shape[0], n_positions, -1)  # [words, positions, filters]
         if n_positions + self.widest - 1 > MAX_CHARS:  # only then a widened filter may stand beyond character 50
             scores = scores + self.beyond[:n_positions]
-        # On a CPU ops.max makes a training step some 4 % slower (small) than pooling; that MaxPool computes in float32
-        # on Ascend is not certain.
+        # On a CPU pooling makes a training step some 4 % faster (small); on Ascend it may not compute in float32.
         if on_cpu():
             return ops.MaxPool((n_positions, 1))(scores.expand_dims(0)).reshape(chars.shape[0], -1)
         return ops.max(scores, 1)[0]
 
 
 class FastRecurrence(Recurrence):
-    """`Recurrence` with a backward pass in which each weight's gradient is one product over all time steps; MindSpore's
-    own is a sum of one product for each. A bprop returns gradients of inputs only, so the weights are inputs."""
+    """`Recurrence`, but each weight's gradient is one product over all time steps, not the sum of one for each."""
 
     def bprop(self, x, h, c, W, B, W_P, out, dout):
         """dz is the gradient of z. Only dout[0] is used: the last h and c go on to the next chunk, and
@@ -826,11 +820,9 @@ class FastRecurrence(Recurrence):
         dgates, ous, dhs = (), (), ()
         for t in range(len(saved) - 1, -1, -1):
             i, j, f, o, u = saved[t]
-            dh = dh_outside[t] + dh
-            dh = ops.select(ops.abs(hs[t]) < self.proj_clip, dh, ops.zeros_like(dh))  # no gradient where h was clipped
+            dh = ops.select(ops.abs(hs[t]) < self.proj_clip, dh_outside[t] + dh, ops.zeros_like(dh))  # 0 where clipped
             dou = self.matmul(dh, W_P, transpose_y=True)
-            dc = dc + tanh_grad(u, dou * o)
-            dc = ops.select(ops.abs(cs[t + 1]) < self.cell_clip, dc, ops.zeros_like(dc))
+            dc = ops.select(ops.abs(cs[t + 1]) < self.cell_clip, dc + tanh_grad(u, dou * o), ops.zeros_like(dc))
             dgate = ops.concat((sigmoid_grad(i, dc * j), tanh_grad(j, dc * i), sigmoid_grad(f, dc * cs[t]),
                                 sigmoid_grad(o, dou * u)), 1)  # of what i, j, f, o are made from, [batch, 4 dim]
             dgates, ous, dhs = (dgate,) + dgates, (o * u,) + ous, (dh,) + dhs
@@ -845,10 +837,8 @@ class FastRecurrence(Recurrence):
 
 
 class LogSumExp(nn.Cell):
-    """log Σ_k exp(y · W_k): y [n, projection], W [classes, projection] -> [n].
-
-    The logits, [n, classes], are the largest tensor of a step: to save memory, bprop computes them again.
-    """
+    """log Σ_k exp(y · W_k): y [n, projection], W [classes, projection] -> [n]. The logits, [n, classes], are the
+    largest tensor of a step: to save memory, bprop computes them again."""
 
     def construct(self, y, W):
         z = matmul(y, W, transpose_y=True)  # [n, classes]
@@ -905,16 +895,14 @@ class Embedder:
         n_layers, size = self.options.n_layers, self.options.projection
         text = [["<S>", *words, "</S>"] for words in sentences]
         ends = np.cumsum([0, *map(len, text)])
-        row = self.rows_of(list(itertools.chain.from_iterable(text)))  # of x, for each token of all sentences
+        row = self.rows_of(itertools.chain.from_iterable(text))  # of x, for each token of all sentences
         layers = np.empty((n_layers + 1, len(row), 2 * size), np.float32)
         layers[0, :, :size] = layers[0, :, size:] = self.x[row]
         schedule, state = self.schedule(ends), zero_state(self.options, self.STREAMS)
-        begins = np.zeros(len(row) + 1, np.uint8)
-        begins[ends[:-1]] = 1
         for t in with_progress(range(0, schedule.shape[1], self.TIME), lambda n, seconds: (
                 f"reading: {n * self.TIME:,} of {schedule.shape[1]:,} time steps, {seconds:.0f} s")):
             now = schedule[:, t:t + self.TIME]  # [2, time, streams]
-            outputs, state = self.read(Tensor(self.x[row[now]]), Tensor(begins[now[0, 0]]), state)
+            outputs, state = self.read(Tensor(self.x[row[now]]), Tensor(np.isin(now[0, 0], ends[:-1])), state)
             for direction, h in enumerate(outputs.asnumpy()):
                 filled = now[direction] >= 0
                 layers[1:, now[direction][filled], direction * size:(direction + 1) * size] = h[:, filled]
@@ -941,7 +929,7 @@ class Embedder:
             self.index, self.x = {}, self.x[:0]
         known = len(self.index)
         rows = np.array([self.index.setdefault(word, len(self.index)) for word in words], np.int32)
-        new, x = list(itertools.islice(self.index, known, None)), [self.x]
+        new, x = list(self.index)[known:], [self.x]
         for k in range(0, len(new), self.WORDS):
             some = new[k:k + self.WORDS]
             chars, row = fill_tiers(self.TIERS, some, np.arange(len(some)))
@@ -1277,15 +1265,14 @@ class Run:
             return
         if not set(checkpoints(folder)) <= self.own_checkpoints:
             raise InputError(f"{folder}: another process trains this run, too; it goes on, this one stops")
-        about = {"step": self.step, "positions": positions, "best": self.best, "losses": losses,
-                 "lstm_states": states, "log": "\n".join(self.log).encode(),
-                 "trained_with": trained_with(self.options, self.vocabulary),
-                 "n_finite": self.loss_scaler.counter.asnumpy() if self.loss_scaler else 0}
+        about = {"run/step": self.step, "run/positions": positions, "run/best": self.best, "run/losses": losses,
+                 "run/lstm_states": states, "run/log": "\n".join(self.log).encode(),
+                 "run/trained_with": trained_with(self.options, self.vocabulary),
+                 "run/n_finite": self.loss_scaler.counter.asnumpy() if self.loss_scaler else 0}
         # The best first: after a crash between the two, this epoch ends again and is the best again.
         for name in ["best.npz"] * is_best + [f"step-{self.step}.npz"]:
             write_arrays(os.path.join(folder, name), itertools.chain(
-                (("run/" + key, value) for key, value in about.items()),
-                ((published_name(p), p.asnumpy()) for p in self.parameters())))
+                about.items(), ((published_name(p), p.asnumpy()) for p in self.parameters())))
         for old in checkpoints(folder)[:-2]:
             os.remove(old)
         self.own_checkpoints = set(checkpoints(folder))
@@ -1320,8 +1307,7 @@ def accumulator(p):
 
 
 def trained_with(options, vocabulary=None):
-    """The checksums, in every checkpoint, of the options it was trained with, but for n_epochs, which may grow, and of
-    the vocabulary."""
+    """The checksums, in every checkpoint, of the options (but for n_epochs, which may grow) and of the vocabulary."""
     texts = [json.dumps(as_json(replace(options, n_epochs=1, n_tokens_vocab=0)))]
     texts += ["\n".join(vocabulary.words)] if vocabulary else []
     return [zlib.crc32(text.encode()) for text in texts]
@@ -1351,11 +1337,10 @@ def open_run(args):
     options = replace(options, **{name: value for name, value in given.items() if value is not None})
     vocabulary, corpus = Vocabulary(args.vocab), Corpus(args.data)
     heldout, n_words = Corpus(args.heldout) if args.heldout else None, len(vocabulary)
-    needed = options.batch_size * options.unroll_steps * workers.size
-    if corpus.tokens + corpus.sentences < needed or corpus.sentences < workers.size:
+    n_streams, n_steps = options.batch_size * workers.size, options.unroll_steps
+    if corpus.tokens + corpus.sentences < n_streams * n_steps or corpus.sentences < workers.size:
         raise InputError(f"{args.data}: {corpus.tokens:,} tokens in {corpus.sentences:,} sentences are less than one "
-                         f"batch of {options.batch_size * workers.size} × {options.unroll_steps} = {needed:,}; add "
-                         "text, or lower --batch-size")
+                         f"batch of {n_streams} × {n_steps} = {n_streams * n_steps:,}; add text, or lower --batch-size")
     if options.sample_softmax and options.n_negative_samples_batch > n_words:
         raise InputError(f"{args.vocab}: {n_words:,} words are fewer than n_negative_samples_batch, "
                          f'{options.n_negative_samples_batch:,}; lower it, or set "sample_softmax" to false')
@@ -1390,14 +1375,12 @@ def prepare_folder(args, run, corpus, heldout):
     file that is written: with it, a folder is a run."""
     identity = lambda c: c and f"{c.sentences:,} sentences, {c.tokens:,} tokens, checksum {c.checksum:08x}"
     options_file, vocabulary = (os.path.join(args.out, name) for name in ("options.json", "vocab"))
+    paths = {name: os.path.abspath(path) for name in ("data", "heldout", "weights") if (path := getattr(args, name))}
     content = as_json(
         run.options, seed=run.seed, amp=run.amp, workers=run.workers.size, data=identity(corpus),
         heldout=identity(heldout), weights=args.weights and os.path.realpath(args.weights),
-        vocabulary=f"{zlib.crc32(chr(10).join(run.vocabulary.words).encode()):08x}",
-        arguments=[f"--{name}={value}" for name, value in (
-            ("data", os.path.abspath(args.data)), ("heldout", args.heldout and os.path.abspath(args.heldout)),
-            ("weights", args.weights and os.path.abspath(args.weights)), ("seed", args.seed), ("amp", args.amp))
-            if value is not None])
+        vocabulary=f"{trained_with(run.options, run.vocabulary)[1]:08x}", arguments=[
+            f"--{key}={x}" for key, x in {**paths, "seed": args.seed, "amp": args.amp}.items() if x is not None])
     if not args.resume:
         os.makedirs(args.out, exist_ok=True)
         if any(not re.fullmatch(rf"vocab|{RUN_FILE}\.\d+\.part", name) for name in os.listdir(args.out)):
@@ -1408,8 +1391,7 @@ def prepare_folder(args, run, corpus, heldout):
         begun = read_json(options_file)
         for key, new in flat(content).items():
             old = begun.get(key)
-            if old != new and key != "run.arguments" and not (
-                    key == "n_epochs" and isinstance(old, int) and old <= new):
+            if old != new and key != "run.arguments" and not (key == "n_epochs" and type(old) is int and old <= new):
                 raise InputError(f"{args.out}: its run has {key} {old!r:.80}, not {new!r:.80}; resume it as it was "
                                  "begun, or train into another --out")
     for name in os.listdir(args.out):
@@ -1597,7 +1579,7 @@ def parse_arguments(argv):
             parser.error("--weights and --options go together")
         if args.weights and args.out:
             parser.error("--out and --weights exclude each other")
-        if args.command == "test" and args.vocab and not args.weights:
+        if args.vocab and not args.weights:
             parser.error("--vocab goes with --weights; a run has its own")
     args.out, args.vocab, args.argv = out, args.vocab or "vocab", [sys.argv[0], *argv]
     return args
