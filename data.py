@@ -65,8 +65,7 @@ def batch_to_ids(sentences):
     import mindspore
     ids = np.zeros((len(sentences), max(map(len, sentences), default=0), MAX_CHARS), np.int32)
     for sentence, words in zip(ids, sentences):
-        for k, word in enumerate(words):
-            sentence[k] = char_ids(word)
+        sentence[:len(words)] = word_chars(words)[0]
     return mindspore.Tensor(ids)
 
 
@@ -145,9 +144,8 @@ def read_chunks(corpus, vocabulary, options, seed=None, position=None, rank=0, s
             while len(stream) < n_steps and (sentence := next(sentences, None)):
                 epoch, n_read, records[k], words = sentence
                 stream += both_directions(words)
-            now = stream[:n_steps]
-            valid[k, :len(now)] = True
-            steps += now + [("<S>",) * 4] * (n_steps - len(now))  # not valid: any word will do
+            valid[k, :len(stream)] = True
+            steps += stream[:n_steps] + [("<S>",) * 4] * (n_steps - len(stream))  # not valid: any word will do
             del stream[:n_steps]
         if not valid.any():
             return
@@ -165,9 +163,8 @@ def read_epochs(corpus, seed, epoch, n_read, rank, size):
     """Yields (epoch, how many sentences of it are read, the last one's number, its words), one epoch after the other,
     from where n_read sentences of an epoch are read."""
     for epoch in [epoch] if seed is None else itertools.count(epoch):
-        order = np.arange(corpus.sentences)
-        if seed is not None:
-            order = np.random.default_rng([seed, epoch]).permutation(order)
+        n = corpus.sentences
+        order = np.arange(n) if seed is None else np.random.default_rng([seed, epoch]).permutation(n)
         order = order[rank::size][n_read:]
         for n_read, (record, words) in enumerate(zip(order.tolist(), corpus.read(order)), n_read + 1):
             yield epoch, n_read, record, words
@@ -198,8 +195,7 @@ def measure_tiers(chunks):
     """The tiers that the first chunks of an iterable need, with spare room. The limits between them are quantiles of
     the words' lengths; any limits are exact, these waste little."""
     of_chunks = [word_chars(chunk.words)[1] for chunk in itertools.islice(chunks, 20)]  # the lengths of each
-    quantiles = np.quantile(np.concatenate(of_chunks), (0.4, 0.75, 0.95, 0.995)).astype(int)
-    limits = sorted({*quantiles.tolist(), MAX_CHARS})
+    limits = sorted({*map(int, np.quantile(np.concatenate(of_chunks), (0.4, 0.75, 0.95, 0.995))), MAX_CHARS})
     # A word may stand in any tier that is long enough: what counts is how many words are longer than a limit.
     n_longer = np.mean([[(lengths > limit).sum() for limit in [0, *limits[:-1]]] for lengths in of_chunks], axis=0)
     n_longer = [*(n_longer + 4 * np.sqrt(n_longer) + 12).astype(int).tolist(), 0]
@@ -215,11 +211,9 @@ def fill_tiers(tiers, words, word_index):
     room = np.repeat([limit for _, limit in tiers], [n for n, _ in tiers])
     while len(words) > len(room) or (lengths[order] > room[len(room) - len(words):]).any():
         room = np.append(room, np.full(256, MAX_CHARS))  # a step of 256, since each new shape is compiled
-    row = np.empty(len(words), np.int32)
-    row[order] = np.arange(len(room) - len(words), len(room))  # the longest words in the last rows
-    filled = np.zeros((len(room), MAX_CHARS), np.int32)
-    filled[row] = chars
-    return filled, row[word_index]
+    n_free = len(room) - len(words)
+    row = (n_free + np.argsort(order)).astype(np.int32)  # the longest words in the last rows
+    return np.pad(chars[order], ((n_free, 0), (0, 0))), row[word_index]
 
 
 def word_chars(words):
@@ -299,9 +293,8 @@ def open_text(path, max_line=-1):
 
     if path == "-" and sys.stdin is None:
         raise InputError("-: standard input is closed; name a file")
-    opened = contextlib.nullcontext(sys.stdin.buffer) if path == "-" else \
-        gzip.open(path) if os.fspath(path).endswith(".gz") else open(path, "rb")
-    with opened as file:
+    opener = gzip.open if os.fspath(path).endswith(".gz") else open
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else opener(path, "rb") as file:
         line, number = b"", 1
         try:
             for piece in iter(lambda: file.readline(max_line), b""):
@@ -354,31 +347,16 @@ def docstring_lines():
     for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
         folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "test", "tests", "idle_test"})
         for name in sorted(name for name in names if name.endswith(".py")):
+            nodes = []
             with open(os.path.join(folder, name), "rb") as file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what the parser thinks of the library's style
-                try:
-                    nodes = list(ast.walk(ast.parse(file.read())))
-                except (SyntaxError, ValueError):
-                    continue
+                with contextlib.suppress(SyntaxError, ValueError):
+                    nodes = ast.walk(ast.parse(file.read()))
             for node in nodes:
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    text = ast.get_docstring(node) or ""
-                    text = re.sub(r"(?ms)^ *>>>.*?(\n *\n|\Z)", "\n", text)  # examples
-                    text = re.sub(r"(?m)^\W+$", "", text)                     # underlines of headings
-                    yield from text.split("\n")
-                    yield ""
-
-
-def paragraphs(lines):
-    """Joins the lines between blank ones; yields str, cut where beyond MAX_LINE."""
-    parts, size = [], 0
-    for line in itertools.chain(lines, [""]):
-        if parts and (not line.strip() or size > MAX_LINE):
-            yield " ".join(parts)
-            parts, size = [], 0
-        if line.strip():
-            parts.append(line)
-            size += len(line)
+                    text = re.sub(r"(?ms)^ *>>>.*?(\n *\n|\Z)", "\n", ast.get_docstring(node) or "")  # examples
+                    text = re.sub(r"(?m)^\W+$", "", text)  # underlines of headings
+                    yield from [*text.split("\n"), ""]
 
 
 def read_sentences(paths, raw):
@@ -391,8 +369,12 @@ def read_sentences(paths, raw):
     if paths:
         lines = itertools.chain.from_iterable(itertools.chain(open_text(path, MAX_LINE), [""]) for path in paths)
     if raw:
-        for text in paragraphs(lines):
-            yield from split_sentences(tokenize(text))
+        text = ""
+        for line in lines:  # a blank one ends each file and each docstring
+            if not line.strip() or len(text) > MAX_LINE:
+                yield from split_sentences(tokenize(text))
+                text = ""
+            text += line + " "
         return
     for line in lines:
         words = line.split()
@@ -533,8 +515,7 @@ def run_program(program, command):
         command()
         return 0
     except (InputError, OSError) as error:
-        path = getattr(error, "filename", None)
-        message = f"{path}: {error.strerror}" if path else error
+        message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
     except MemoryError as error:
         message = f"not enough memory ({error}); use a smaller model or batch"
     except KeyboardInterrupt:
@@ -546,9 +527,8 @@ def run_program(program, command):
 
 def is_run(folder):
     """Whether it is the folder of a training run, in whose options.json elmo.py says so."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        with open(os.path.join(folder, "options.json"), encoding="utf-8") as file:
-            return "run" in json.load(file)
+    with contextlib.suppress(OSError, ValueError, TypeError), open(os.path.join(folder, "options.json"), "rb") as file:
+        return "run" in json.load(file)
 
 
 RUN_FILE = r"(step-\d+\.npz|best\.npz|options\.json|vocab|log\.csv)"  # the files of a training run's folder
@@ -688,8 +668,7 @@ def frequency_order(counts):
     if not counts.any():
         return 1.0
     log_rank = np.log(np.arange(2, len(counts) + 2))
-    mean, best = (np.average(log_rank, weights=c) for c in (counts, np.sort(counts)[::-1]))
-    random = log_rank.mean()
+    mean, best, random = (np.average(log_rank, weights=c) for c in (counts, np.sort(counts)[::-1], None))
     return (random - mean) / (random - best) if random > best else 1.0
 
 
