@@ -899,10 +899,12 @@ class Embedder:
         layers = np.empty((n_layers + 1, len(row), 2 * size), np.float32)
         layers[0, :, :size] = layers[0, :, size:] = self.x[row]
         schedule, state = self.schedule(ends), zero_state(self.options, self.STREAMS)
+        begins = np.zeros(len(row) + 1, np.uint8)
+        begins[ends[:-1]] = 1
         for t in with_progress(range(0, schedule.shape[1], self.TIME), lambda n, seconds: (
                 f"reading: {n * self.TIME:,} of {schedule.shape[1]:,} time steps, {seconds:.0f} s")):
             now = schedule[:, t:t + self.TIME]  # [2, time, streams]
-            outputs, state = self.read(Tensor(self.x[row[now]]), Tensor(np.isin(now[0, 0], ends[:-1])), state)
+            outputs, state = self.read(Tensor(self.x[row[now]]), Tensor(begins[now[0, 0]]), state)
             for direction, h in enumerate(outputs.asnumpy()):
                 filled = now[direction] >= 0
                 layers[1:, now[direction][filled], direction * size:(direction + 1) * size] = h[:, filled]
@@ -929,7 +931,7 @@ class Embedder:
             self.index, self.x = {}, self.x[:0]
         known = len(self.index)
         rows = np.array([self.index.setdefault(word, len(self.index)) for word in words], np.int32)
-        new, x = list(self.index)[known:], [self.x]
+        new, x = list(itertools.islice(self.index, known, None)), [self.x]
         for k in range(0, len(new), self.WORDS):
             some = new[k:k + self.WORDS]
             chars, row = fill_tiers(self.TIERS, some, np.arange(len(some)))
