@@ -1435,13 +1435,14 @@ def test_the_vectors_of_each_line_equal_numpy_and_the_bilm_in_both_formats_and_a
         succeed("embed", "--device", "CPU", *flags.split())
     assert Path("vectors.npz.part").read_text() == "precious"
     vectors, bilm = dict(np.load("vectors.npz")), elmo.BiLM("elmo_options.json", exported)
+    w = weights(bilm)
     assert list(vectors) == [str(k) for k in range(len(lines))]
     with h5py.File("vectors.hdf5", "r") as file:
         assert sorted(file, key=int) == list(vectors)
         for line, array, other in zip(lines, vectors.values(), map(file.get, reversed(vectors))):
             assert array.shape == (3, len(line.split()), 10)  # blank lines have an array, too
             assert array.dtype == other.dtype == np.float32
-            close(array, numpy_layers(line.split(), weights(bilm), bilm.options)[0])
+            close(array, numpy_layers(line.split(), w, bilm.options)[0])
             close(other[...], array, 1e-6)
     layers, _, _ = bilm(batch_to_ids([lines[0].split(), lines[2].split()]))
     for k, array in enumerate((vectors["0"], vectors["2"])):
