@@ -47,6 +47,7 @@ ms.runtime.launch_blocking()  # what is not compiled takes a fraction of the tim
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FIXTURE = Path(HERE, "..", "shared", "allennlp_fixture")
+README = Path(HERE, "README.md").read_text(encoding="utf-8")
 GRAPHS = ms.graph.api.ms_compile_cache  # a set of all that MindSpore has compiled so far
 
 # ---- Set-up that tests share -----------------------------------------------------------------------------------------
@@ -84,9 +85,8 @@ options = functools.partial(
     elmo.Options, filters=((1, 3), (2, 4), (3, 5)), char_dim=4, n_highway=1, dim=7, projection=5, cell_clip=0.5,
     proj_clip=0.3, dropout=0.0, batch_size=3, unroll_steps=4, n_negative_samples_batch=6)
 
-# Smaller still: numpy computes its gradient weight by weight.
-tiny_options = functools.partial(options, filters=((1, 1), (2, 2)), char_dim=2, dim=3, projection=2, batch_size=2,
-                                 unroll_steps=3, proj_clip=0.25)
+tiny_options = functools.partial(  # smaller still: numpy computes its gradient weight by weight
+    options, filters=((1, 1), (2, 2)), char_dim=2, dim=3, projection=2, batch_size=2, unroll_steps=3, proj_clip=0.25)
 
 
 def randomize(cell, seed=0, scale=0.5):
@@ -129,6 +129,8 @@ convert = functools.partial(succeed, program=data)
 
 EPOCHS = 2
 PERPLEXITY = r"perplexity forward (\d+\.\d\d) backward (\d+\.\d\d) average (\d+\.\d\d) over (\d+) predictions"
+VOCABULARY = [*SPECIAL, "the", "of", "a", "cat", "dog", "sat", "on", "mat", "."]
+RAGGED = [["The", "cat", "sat", "."], ["one"], [], ["naïve", "日本語", "z" * 60], ["a", "a", "a", "a", "a", "b"]]
 
 
 @pytest.fixture(scope="module")
@@ -196,21 +198,16 @@ def files(tmp_path_factory, h5py):
 
 @pytest.fixture(scope="module")
 def beside():
-    """start(command, folder, **more_environment): puts a command in a queue that runs one at a time -> its future."""
+    """start(command, folder, **more_environment): a queue runs one command at a time -> the future of its output."""
     queue = concurrent.futures.ThreadPoolExecutor(1)
 
-    def start(command, folder, **environment):
-        return queue.submit(subprocess.run, [*map(str, command)], cwd=folder, env={**os.environ, **environment},
-                            capture_output=True, text=True, timeout=300)
-    yield start
+    def output_of(command, folder, **environment):
+        process = subprocess.run([*map(str, command)], cwd=folder, env={**os.environ, **environment},
+                                 capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
+    yield functools.partial(queue.submit, output_of)
     queue.shutdown(cancel_futures=True)
-
-
-def finished(job):
-    """What a command of `beside` printed, when it is through."""
-    process = job.result()
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -220,11 +217,10 @@ def two_workers(text, beside, tmp_path_factory):
     write(folder / "options.json", elmo.as_json(replace(text.options, dropout=0.0, batch_size=6)))
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    return folder, beside([
-        f"{programs}/msrun", "--worker_num=2", "--local_worker_num=2", "--join=True", f"--master_port={port}",
-        f"--log_dir={folder}", elmo.__file__, *training(text, folder / "model", "--options", folder / "options.json",
-                                                        "--steps", 15, "--log-every", 1)],
-        folder, PATH=programs + os.pathsep + os.environ["PATH"])  # msrun's `python` is ours
+    command = training(text, folder / "model", "--options", folder / "options.json", "--steps", 15, "--log-every", 1)
+    return folder, beside([f"{programs}/msrun", "--worker_num=2", "--local_worker_num=2", "--join=True",
+                           f"--master_port={port}", f"--log_dir={folder}", elmo.__file__, *command],
+                          folder, PATH=programs + os.pathsep + os.environ["PATH"])  # msrun's `python` is ours
 
 
 @pytest.fixture(scope="module")
@@ -543,9 +539,6 @@ def test_the_lstm_and_its_gradient_equal_numpy_where_it_is_clipped_and_where_not
 
 # ---- 4. Bidirectional language model (section 3.1) -------------------------------------------------------------------
 
-RAGGED = [["The", "cat", "sat", "."], ["one"], [], ["naïve", "日本語", "z" * 60], ["a", "a", "a", "a", "a", "b"]]
-
-
 @pytest.mark.parametrize("changes, dtype, boundaries, sentences", [
     (dict(n_layers=1), ms.int32, False, RAGGED), (dict(n_layers=3), ms.int32, True, RAGGED),
     (dict(activation="tanh"), ms.int64, False, RAGGED[::-1]),  # numpy's own type, and torch's
@@ -635,9 +628,8 @@ def test_the_full_and_the_sampled_softmax_equal_numpy_and_accidental_hits_are_le
     close(loss(y, W, b), numpy_loss(w))
     close(loss(300 * y, W, b) / 300, numpy_loss({**w, "y": 300 * w["y"]}) / 300)
     close(loss(y, W, b, everything, [np.zeros(7), np.zeros(12)]), full.mean())  # every class drawn: the full softmax
-    expected = complex_step_gradient(numpy_loss, w)
-    for name, gradient in zip(w, ms.grad(loss, (0, 1, 2))(y, W, b)):
-        close(gradient, expected[name], 1e-6)
+    for expected, gradient in zip(complex_step_gradient(numpy_loss, w).values(), ms.grad(loss, (0, 1, 2))(y, W, b)):
+        close(gradient, expected, 1e-6)
 
 
 def test_classes_are_drawn_log_uniformly_and_are_expected_as_often_as_not_every_draw_misses_them():
@@ -763,9 +755,8 @@ def test_allennlps_fixture_ten_rows_of_text_whose_states_are_carried_and_its_fir
     rows = [[line.split() for line in row] for row in zip(*columns)]
     expected = [h5py.File(FIXTURE / f"lm_embeddings_{k}.hdf5") for k in range(3)]  # what bilm-tf computed
     read, state = ms.jit(bilm), elmo.zero_state(bilm.options, 3)
-    for n, row in enumerate(rows):
-        ids = batch_to_ids([*row, ["padding"] * 53])[:3]  # all rows in the shape of the longest: compiled once
-        layers, _, state = read(ids, state)
+    for n, row in enumerate(rows):  # all rows in the shape of the longest: compiled once
+        layers, _, state = read(batch_to_ids([*row, ["padding"] * 53])[:3], state)
         for vectors, words, file in zip(layers[2].asnumpy(), row, expected):
             close(vectors[:len(words)], np.hstack(file[str(n)][...]))  # forward beside backward
     for file, layers in zip(expected, elmo.Embedder(bilm)(rows[0])):
@@ -851,9 +842,6 @@ def test_vocabulary_reads_any_line_ends_and_a_byte_order_mark(folder):
 
 
 # ---- 9. The stream of training batches -------------------------------------------------------------------------------
-
-VOCABULARY = [*SPECIAL, "the", "of", "a", "cat", "dog", "sat", "on", "mat", "."]
-
 
 @functools.lru_cache(None)
 def vocabulary_of(*words):
@@ -979,8 +967,7 @@ def test_a_batch_holds_targets_negatives_and_which_targets_were_not_drawn(sample
     for batch, chunk in batches:
         assert chunk.valid.all() and chunk.valid.shape == (4, 3) and len(set(chunk.words)) == len(chunk.words)
         assert (batch.target == chunk.target.reshape(2, 12)).all() and chunk.target.dtype == np.int32
-        chars = batch_to_ids([chunk.words]).asnumpy()[0]
-        assert np.array_equal(batch.chars[batch.word_index], chars[chunk.word_index])
+        assert np.array_equal(batch.chars[batch.word_index], batch_to_ids([chunk.words]).asnumpy()[0][chunk.word_index])
         words = np.array(chunk.words)[chunk.word_index]
         assert batch.reset_state.tolist() == (words[0, 0] == "<S>").tolist() == (words[1, 0] == "</S>").tolist()
         for target, negatives, not_drawn in zip(batch.target, batch.negatives, batch.not_drawn):
@@ -1184,7 +1171,7 @@ def result_of(folder):
 
 
 def test_a_run_resumed_in_another_process_ends_bit_by_bit_as_one_that_was_not_stopped(trained, resumed):
-    assert "resuming after step 30" in finished(resumed)
+    assert "resuming after step 30" in resumed.result()
     assert result_of(trained.model) == result_of(trained.killed)
 
 
@@ -1335,16 +1322,15 @@ def test_two_workers_compute_what_one_does_that_reads_the_streams_of_both(text, 
     step = elmo.make_step(run, tiers)
     losses = [step(elmo.make_batch(chunk, k, tiers, len(text.vocabulary), run.options, 0))[0].asnumpy()
               for k, chunk in enumerate(chunks)]
-    finished(job)
-    model = folder / "model"
-    rows, last = read_log(model), dict(np.load(model / f"step-{n_steps}.npz"))
+    job.result()
+    rows, last = read_log(folder / "model"), dict(np.load(folder / "model" / f"step-{n_steps}.npz"))
     close(np.array([float(row["loss"]) for row in rows]), losses, 1e-4)
     for p in run.parameters():
         close(p, last[p.name.rpartition(".")[2]], 1e-4)
     assert last["run/positions"].shape == (2, 2 + 2 * 6)  # each worker's own, as are their LSTMs' states
     close(np.concatenate(last["run/lstm_states"], 2), run.lstm_state.asnumpy(), 1e-4)
     # What both measure of their shares of the held-out text, one after the other, is together what they measured.
-    bilm, worker = elmo.BiLM(o, model / "best.npz"), types.SimpleNamespace(rank=0, size=2, sum=list)
+    bilm, worker = elmo.BiLM(o, folder / "model" / "best.npz"), types.SimpleNamespace(rank=0, size=2, sum=list)
     perplexity = elmo.make_perplexity(bilm, run.softmax, text.vocabulary, text.heldout, worker)
     _, _, averages, n = np.transpose([perplexity() for worker.rank in (0, 1)])
     assert n.sum() == text.heldout.tokens + text.heldout.sentences
@@ -1382,7 +1368,7 @@ def test_amp_rounds_what_is_multiplied_forward_and_backward_and_nothing_else(amp
 
 def test_training_in_half_precision_follows_training_in_float32(trained, half_precision):
     for amp, (model, job) in half_precision.items():
-        finished(job)
+        job.result()
         losses, expected = ([float(row["loss"]) for row in read_log(folder)] for folder in (model, trained.model))
         close(losses, expected, 0.02)
         assert losses != expected
@@ -1667,13 +1653,12 @@ def test_a_program_that_is_stopped_or_lacks_memory_or_disk_is_one_line_and_clean
     os.remove("train.mindrecord.db")
     before = tree(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1 << 20))
-    line = fail("--input", "a.txt", program=data)
-    assert line == "data.py: error: train.mindrecord: could not be written; is the disk full?\n"
-    assert tree(folder) == before
-    for error, status, line in (
-            (KeyboardInterrupt(), 130, "data.py: interrupted\n"),
-            (MemoryError("9 TiB"), 2, "data.py: error: not enough memory (9 TiB); use a smaller model or batch\n")):
-        monkeypatch.setattr(data.Writer, "finish", mock.Mock(side_effect=error))
+    for finish, status, line in (
+            (data.Writer.finish, 2, "data.py: error: train.mindrecord: could not be written; is the disk full?\n"),
+            (mock.Mock(side_effect=KeyboardInterrupt()), 130, "data.py: interrupted\n"),
+            (mock.Mock(side_effect=MemoryError("9 TiB")), 2,
+             "data.py: error: not enough memory (9 TiB); use a smaller model or batch\n")):
+        monkeypatch.setattr(data.Writer, "finish", finish)
         assert run("--input", "a.txt", program=data) == (status, "", line)
         assert tree(folder) == before
     for program, function, command in (  # terminated in this function, when a part of the output is written
@@ -1695,7 +1680,7 @@ STRUCTURE = {"Depend", "Load", "MakeTuple", "StopGradient", "TupleGetItem", "Upd
 
 
 def test_the_graphs_of_training_testing_and_embedding_are_static_and_made_for_ascend(trained, resumed):
-    finished(resumed)
+    resumed.result()
     graphs = [path.read_text() for path in (trained.folder / "graphs").rglob("*jit_opt_b*.ir")]
     assert len(graphs) == 4  # training, testing; encoding and reading of the embedder
     shapes = set(re.findall(r"<Tensor\[\w+\], \(([^)]*)\)>", "".join(graphs)))
@@ -1745,9 +1730,6 @@ def test_a_machine_without_ascend_is_told_of_the_cpu(monkeypatch):
 
 # ---- 20. README ------------------------------------------------------------------------------------------------------
 
-README = Path(HERE, "README.md").read_text(encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def readme_programs(files, beside, tmp_path_factory):
     """The README's programs, and the jobs that run them, beside small files in place of those that they name."""
@@ -1772,7 +1754,7 @@ def test_the_programs_of_the_readme_are_short_and_run_as_written(readme_programs
     programs, jobs = readme_programs
     assert len(programs) >= 3 and "Classifier" in "".join(programs)
     assert all(program.count("\n") <= (25 if "Classifier" in program else 90) for program in programs)
-    assert all([finished(job) for job in jobs])
+    assert all([job.result() for job in jobs])
 
 
 def test_the_commands_of_the_readme_are_understood():
@@ -1826,8 +1808,9 @@ def bad(trained, files, exported, h5py):
     for name, key, value in (
             *((f"wrong{k}", key, value) for k, (key, value, _) in enumerate(WRONG_OPTIONS)), ("lacks", "lstm", {}),
             ("number", "char_cnn", 5), ("dim8", "lstm.dim", 8), ("one_layer", "lstm.n_layers", 1),
-            ("negatives", "n_negative_samples_batch", 10_000), ("clip/options", "lstm.cell_clip", 9),
-            ("no_run/options", "run", {}), ("arguments/options", "run.arguments", 5)):
+            ("no_highway", "char_cnn.n_highway", 0), ("negatives", "n_negative_samples_batch", 10_000),
+            ("clip/options", "lstm.cell_clip", 9), ("no_run/options", "run", {}),
+            ("arguments/options", "run.arguments", 5)):
         content, (*outer, last) = json.loads((trained.model / "options.json").read_text()), key.split(".")
         functools.reduce(dict.get, outer, content)[last] = value
         write(folder / f"{name}.json", content)
@@ -1891,6 +1874,7 @@ MALFORMED = {
     TEST + WEIGHTS + " --vocab other/vocab": "elmo_weights.hdf5: softmax/W is float32",
     TRAIN + WEIGHTS + " --options dim8.json": "W_0 is float32 [10, 28], but these options ask for float32 [10, 32]",
     EMBED + WEIGHTS + " --options one_layer.json": "Cell1/LSTMCell/B, which these options do not ask for",
+    EMBED + WEIGHTS + " --options no_highway.json": "holds CNN_high_0/W_carry, which these options do not ask for",
     # Runs
     **each(TRAIN, "--out", {
         ": is not empty": "../model", ": File exists": "fine.txt", "/vocab: exists and is another than": "other"}),
