@@ -1311,6 +1311,7 @@ def test_a_checkpoint_reaches_the_disk_before_it_gets_its_name(tmp_path):
 
 # ---- 13. Several workers ---------------------------------------------------------------------------------------------
 
+@mock.patch.object(elmo, "compiled", lambda function: function)  # the one is not compiled, as the two are
 def test_two_workers_compute_what_one_does_that_reads_the_streams_of_both(text, two_workers):
     (folder, job), n_steps, chunks = two_workers, 15, []
     o = elmo.read_options(str(folder / "options.json"))
@@ -1381,8 +1382,10 @@ def test_training_in_half_precision_follows_training_in_float32(trained, half_pr
 
 # ---- 15. Test: perplexity --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("batch_size, unroll_steps", [(2, 4), (50, 7)])  # the second: more streams than sentences
-def test_the_perplexity_is_that_of_numpy_over_every_prediction_once(batch_size, unroll_steps):
+@pytest.mark.parametrize("batch_size, unroll_steps, compiled", [
+    (2, 4, elmo.compiled), (50, 7, lambda function: function)])  # the second: more streams than sentences
+def test_the_perplexity_is_that_of_numpy_over_every_prediction_once(batch_size, unroll_steps, compiled, monkeypatch):
+    monkeypatch.setattr(elmo, "compiled", compiled)
     o = options(batch_size=batch_size, unroll_steps=unroll_steps, dropout=0.1)  # no dropout when testing
     corpus = corpus_of(some_sentences(23))
     bilm, softmax = randomize(elmo.BiLM(o)), randomize(elmo.Softmax(len(VOCABULARY), o.projection), 1)
