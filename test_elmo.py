@@ -1110,7 +1110,7 @@ def test_training_compiles_its_step_once_and_logs_the_loss_and_each_epochs_heldo
     assert list(scores) == ends
     n = trained.heldout.tokens + trained.heldout.sentences
     printed = np.array(re.findall(f"(?m)held-out {PERPLEXITY}$", out), float)
-    close(printed, [(*at_end, n) for at_end in scores.values()], 0.0051)  # of two decimals, and of four
+    close(printed, [(*at_end, n) for at_end in scores.values()], 0.0051)  # rounded to two decimals, and to four
     (_, _, first), (forward, backward, second) = scores.values()
     assert second < first < len(trained.vocabulary)
     close(second, math.sqrt(forward * backward), 1e-3)
@@ -1311,7 +1311,7 @@ def test_a_checkpoint_reaches_the_disk_before_it_gets_its_name(tmp_path):
 
 # ---- 13. Several workers ---------------------------------------------------------------------------------------------
 
-@mock.patch.object(elmo, "compiled", lambda function: function)  # the one is not compiled, as the two are
+@mock.patch.object(elmo, "compiled", lambda function: function)  # the two are compiled; the one need not be
 def test_two_workers_compute_what_one_does_that_reads_the_streams_of_both(text, two_workers):
     (folder, job), n_steps, chunks = two_workers, 15, []
     o = elmo.read_options(str(folder / "options.json"))
@@ -1383,7 +1383,7 @@ def test_training_in_half_precision_follows_training_in_float32(trained, half_pr
 # ---- 15. Test: perplexity --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("batch_size, unroll_steps, compiled", [
-    (2, 4, elmo.compiled), (50, 7, lambda function: function)])  # the second: more streams than sentences
+    (2, 4, elmo.compiled), (50, 7, lambda function: function)])  # more streams than sentences; uncompiled, for speed
 def test_the_perplexity_is_that_of_numpy_over_every_prediction_once(batch_size, unroll_steps, compiled, monkeypatch):
     monkeypatch.setattr(elmo, "compiled", compiled)
     o = options(batch_size=batch_size, unroll_steps=unroll_steps, dropout=0.1)  # no dropout when testing
