@@ -136,12 +136,12 @@ class CharEncoder(nn.Cell):
         260 for a word's begin and end; 261 is padding, and embedded like any other; 0 is no word,
         and embedded as zeros. tiers, to save time: ((800, 10), (100, 50)) says that the first 800
         words have at most 10 characters, begin and end marks included, and the next 100 at most 50.
-        Words behind them may be of any length; they are read 256 at a time, to save memory.
+        Words behind them may be of any length; they are read 128 at a time, to save memory.
         """
         zeros = ops.zeros((1, self.char_dim), ms.float32)
         embedding = ops.concat((zeros, self.char_embed))  # [262, char_dim]
         features, first = [], 0
-        for n, limit in in_pieces(tiers, chars.shape[0]):  # tiers and, behind them, (256, 50), ...
+        for n, limit in in_pieces(tiers, chars.shape[0]):  # tiers and, behind them, (128, 50), ...
             features.append(self.features(embedding, chars[first:first + n], limit))
             first += n
         x = ops.concat(features)  # [words, filters]
@@ -827,9 +827,9 @@ def sum_of_squares(x):
 
 @ops.constexpr
 def in_pieces(tiers, n_words):
-    """The tiers and, for the words beyond them, pieces of 256 words of any length."""
+    """The tiers and, for the words beyond them, pieces of 128 words of any length."""
     n_beyond = n_words - sum(n for n, _ in tiers)
-    return (*tiers, *[(256, MAX_CHARS)] * -(-n_beyond // 256))
+    return (*tiers, *[(128, MAX_CHARS)] * -(-n_beyond // 128))
 
 
 class FastRecurrence(Recurrence):
