@@ -533,7 +533,7 @@ def with_progress(items, what, total=None):
         if now > last + 10:
             left = ""
             if total:
-                left = f" of {total:,}, {max(0, total - n) * (now - began) / n:,.0f} s left"
+                left = f" of {max(n, total):,}, {max(0, total - n) * (now - began) / n:,.0f} s left"
             print(f"{what}: {n:,}{left}", file=sys.stderr, flush=True)
             last = now
 
