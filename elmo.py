@@ -29,7 +29,6 @@ make_matmul(amp), the product of matrices in the type amp (None: float32). data.
 """
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -38,7 +37,6 @@ import re
 import sys
 import time
 import zipfile
-import zlib
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -910,6 +908,7 @@ class Embedder:
     Each distinct word is encoded once, and sentences of similar lengths are read side by side.
     Nothing is compiled, as shapes vary.
     """
+
     def __init__(self, bilm):
         self.bilm = bilm
 
@@ -1128,7 +1127,6 @@ def named(parameters):
     return ((published_name(p), p.asnumpy()) for p in parameters)
 
 
-
 def load_softmax(path, softmax, vocabulary):
     """Reads a softmax if the file has one of this vocabulary -> whether it has. Of files that do
     not tell their vocabulary, as the published ones, the number of words decides."""
@@ -1232,7 +1230,9 @@ class Run:
         state = {"run/identity": json.dumps(self.identity), "run/step": self.step,
                  "run/best": self.best, "run/log": "\n".join(self.log), "run/positions": positions,
                  "run/lstm_states": states}
-        write_arrays(f"{folder}/last.npz", [*state.items(), *named(self.parameters())])
+        # One array after the other, since all together are as large as the model.
+        write_arrays(f"{folder}/last.npz",
+                     itertools.chain(state.items(), named(self.parameters())))
 
     def resume(self, path):
         """Takes over a last.npz. InputError where it is of another run."""
