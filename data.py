@@ -12,7 +12,6 @@ Read this                                        Skip on first reading
   4. The distinct words of a chunk                 8. Command line
 """
 import argparse
-import ast
 import collections
 import concurrent.futures
 import contextlib
@@ -25,7 +24,6 @@ import shutil
 import sys
 import sysconfig
 import time
-import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -155,7 +153,8 @@ def read_chunks(corpus, vocabulary, options, seed=None, position=None, rank=0, s
     if position is None:
         position = np.zeros(2 + 2 * n_streams, np.int32)
     epoch, n_read = position[:2].tolist()
-    # Of each stream its last sentence, and how many time steps are left of it.
+    # What is left of a stream is always the end of one sentence: which, and how many time steps
+    # (at first none of sentence 0).
     records, n_left = position[2:].reshape(2, -1).tolist()
     streams = [both_directions(words) for words in corpus.read(records)]
     streams = [steps[len(steps) - n:] for steps, n in zip(streams, n_left)]
@@ -204,21 +203,14 @@ def read_epochs(corpus, seed, epoch, n_read, rank, size):
 def prefetch(items, make, n_ahead=4):
     """make(item) for each item, in their order, made by threads while the caller computes;
     exceptions come through."""
-    items, end = iter(items), object()
-
-    def make_next():
-        item = reader.submit(next, items, end)
-        return makers.submit(lambda: end if item.result() is end else make(item.result()))
-
-    with concurrent.futures.ThreadPoolExecutor(1) as reader, \
-            concurrent.futures.ThreadPoolExecutor(2) as makers:
-        waiting = collections.deque(make_next() for _ in range(n_ahead))
-        while True:
-            made = waiting.popleft().result()
-            if made is end:
-                return
-            waiting.append(make_next())
-            yield made
+    with concurrent.futures.ThreadPoolExecutor(2) as makers:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(makers.submit(make, item))
+            if len(waiting) > n_ahead:
+                yield waiting.popleft().result()
+        for made in waiting:
+            yield made.result()
 
 
 # ---- 4. The distinct words of a chunk, in tiers of length ----------------------------------------
@@ -337,16 +329,10 @@ def docstring_lines():
     """The lines of the docstrings of Python's standard library: English that every installation
     carries."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
     for path in sorted(library.rglob("*.py")):
-        nodes = []
         if not left_out.intersection(path.relative_to(library).parts):
-            with warnings.catch_warnings(), contextlib.suppress(SyntaxError, ValueError):
-                warnings.simplefilter("ignore")  # what the parser thinks of the library's style
-                nodes = ast.walk(ast.parse(path.read_bytes()))
-        for node in nodes:
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = ast.get_docstring(node) or ""
+            for text in re.findall('(?s)"""(.*?)"""', path.read_text("utf-8", "ignore")):
                 text = re.sub(r"(?ms)^ *>>>.*?(\n *\n|\Z)", "\n", text)  # examples
                 text = re.sub(r"(?m)^\W+$", "", text)  # underlines of headings
                 yield from [*text.split("\n"), ""]
@@ -378,19 +364,17 @@ def read_sentences(files, raw):
 def written(path):
     """A name to write a file under: its own, in a hidden folder beside it. In the end it is moved
     to its place, whole, and so is what was written with it (a MindRecord's .db)."""
-    folder, name = os.path.split(path)
-    drafts = os.path.join(folder, f".{name}.part")
+    path = Path(path)
+    drafts = path.with_name(f".{path.name}.part")
     shutil.rmtree(drafts, ignore_errors=True)  # of a program that was killed
     try:
-        os.mkdir(drafts)
-        yield os.path.join(drafts, name)
-        for draft in sorted(os.listdir(drafts), reverse=True):  # the .db first
-            os.replace(os.path.join(drafts, draft), os.path.join(folder, draft))
+        drafts.mkdir()
+        yield str(drafts / path.name)
+        for draft in sorted(drafts.iterdir(), reverse=True):  # the .db first
+            os.replace(draft, path.with_name(draft.name))
     except (OSError, RuntimeError) as error:  # MindSpore's
-        if getattr(error, "filename", None) and drafts not in str(error.filename):
-            raise  # of another file, which is read
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{path}: could not be written ({reason}); is the disk full?") from None
+        raise InputError(f"{path}: could not be written: {reason}") from None
     finally:
         shutil.rmtree(drafts, ignore_errors=True)
 
@@ -632,13 +616,10 @@ def frequency_order(counts):
     random one (0). English in a good order scores above 0.5 from three sentences on, in
     alphabetical order below 0.3.
     """
-    if not counts.any():
-        return 1.0
     log_rank = np.log(np.arange(2, len(counts) + 2))
-    mean = np.average(log_rank, weights=counts)
-    best = np.average(log_rank, weights=np.sort(counts)[::-1])
-    random = log_rank.mean()
-    return (random - mean) / (random - best) if random > best else 1.0
+    saved = log_rank.mean() - log_rank  # by a word that has this rank, and not a random one
+    most = saved @ np.sort(counts)[::-1]
+    return saved @ counts / most if most else 1.0
 
 
 def main(argv=None):

@@ -22,10 +22,12 @@ ParameterList whose parameters keep their names, here bilm-tf's; ms.jit compiles
 static graph; a cell's bprop, where there is one, is its own backward pass; ops.gather(p, i, 0) is
 p[i], and ops.scatter_add(p, i, d) is p.index_add_(0, i, d).
 
-Part 8 has small functions that are what their names say, and tells why MindSpore's own would not
-do: matmul; bias_add, x + b; log; tanh; maximum_over_positions; log_sum_exp(y, W, b), which is
-log Σ_k exp(y · W_k + b_k); random_masks; parameter, of a name and initial values; compiled; and
-make_matmul(amp), the product of matrices in the type amp (None: float32). data.py reads the text.
+Part 8 has small functions that do what their names say, where MindSpore's own would not do or be
+slow. They are matmul(x, y); bias_add(x, b), x + b; log; tanh; maximum_over_positions;
+log_sum_exp(y, W, b), log Σ_k exp(y · W_k + b_k); random_masks; parameter(name, initial values);
+compiled, a wrapper of ms.jit; make_matmul(amp), a matmul in the type amp (None: float32); and
+in_pieces(tiers, n_words), which lists tiers, (number of words, limit), and then (128, 50), ... for
+the words beyond them. data.py reads the text.
 """
 import argparse
 import contextlib
@@ -97,8 +99,8 @@ class CharEncoder(nn.Cell):
         self.matmul, self.char_dim, self.filters = make_matmul(amp), o.char_dim, o.filters
         widths, counts = zip(*o.filters)
         self.widest, n_filters = max(widths), sum(counts)
-        # Added to scores, [positions, filters]: at its last positions a filter would reach beyond
-        # the 50 characters, and must not have its maximum there.
+        # [positions, filters], added to the scores of `features`: -1e4 where a filter would reach
+        # beyond the 50 characters, so that its maximum is never there.
         last = MAX_CHARS - np.repeat(widths, counts)
         self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] > last, -1e4, 0), ms.float32)
 
@@ -110,6 +112,7 @@ class CharEncoder(nn.Cell):
             initial_filters = lambda *shape: rng.uniform(-0.05, 0.05, shape)
         else:
             self.activation, initial_filters = tanh, normal
+        # Of ids 1 to 261; 0, no word, has no row.
         self.char_embed = parameter("char_embed", rng.uniform(-1, 1, (261, o.char_dim)))
         W_cnn, b_cnn, highway = [], [], []
         for k, (width, n) in enumerate(o.filters):
@@ -117,7 +120,8 @@ class CharEncoder(nn.Cell):
             W_cnn.append(parameter(f"CNN/W_cnn_{k}", initial_filters(1, width, o.char_dim, n)))
             b_cnn.append(parameter(f"CNN/b_cnn_{k}", np.zeros(n)))
         for k in range(o.n_highway):
-            # -2, so that g (below) is small at first, and x passes as it is.
+            # "carry" is bilm-tf's name for the weights of the gate g (below), though g is the share
+            # that is not carried. -2: g is small at first, and x passes as it is.
             for name, bias in (("carry", -2.0), ("transform", 0.0)):
                 W = parameter(f"CNN_high_{k}/W_{name}", normal(n_filters, n_filters))
                 highway += [W, parameter(f"CNN_high_{k}/b_{name}", np.full(n_filters, bias))]
@@ -139,12 +143,11 @@ class CharEncoder(nn.Cell):
         zeros = ops.zeros((1, self.char_dim), ms.float32)
         embedding = ops.concat((zeros, self.char_embed))  # [262, char_dim]
         features, first = [], 0
-        for n, limit in in_pieces(tiers, chars.shape[0]):  # tiers and, behind them, (128, 50), ...
+        for n, limit in in_pieces(tiers, chars.shape[0]):
             features.append(self.features(embedding, chars[first:first + n], limit))
             first += n
         x = ops.concat(features)  # [words, filters]
-        # y = g · relu(x · W_t + b_t) + (1 - g) · x. bilm-tf calls the weights of g "carry", though
-        # g is the share not carried.
+        # y = g · relu(x · W_t + b_t) + (1 - g) · x, g = sigmoid(x · W_c + b_c)
         for k in range(0, len(self.highway), 4):
             W_c, b_c, W_t, b_t = self.highway[k:k + 4]
             g = ops.sigmoid(bias_add(self.matmul(x, W_c), b_c))
@@ -156,10 +159,11 @@ class CharEncoder(nn.Cell):
         """"2048 character n-gram convolutional filters" (3.4), each at its best position:
         chars int32 [words, 50] -> [words, filters].
 
-        score[p] = [e[p], ..., e[p + width - 1]] · W, for p = 0 ... 50 - width; max_p score[p] + b
+        score[p] = [e[p], ..., e[p + width - 1]] · W, for p = 0 ... 50 - width;
+        feature = activation(max_p score[p] + b)
 
         limit: the words' characters at most, marks included. From p = limit on every filter sees
-        padding alone, and scores the same: one p of these is enough.
+        padding alone, and scores the same at each p: p = limit stands for all of them.
         """
         # All filters side by side are one product: zeros make each as wide as the widest.
         kernel = []
@@ -167,7 +171,8 @@ class CharEncoder(nn.Cell):
             zeros = ops.zeros((1, self.widest - width, self.char_dim, n), ms.float32)
             kernel.append(ops.concat((W, zeros), 1).reshape(-1, n))
         kernel = ops.concat(kernel, 1)  # [widest · char_dim, filters]
-        n_positions = min(limit + 1, MAX_CHARS)
+        n_positions = min(limit + 1, MAX_CHARS)  # p = 0 ... limit
+        # So that the widest filter has something to read at each p; it never counts (`beyond`).
         no_chars = ops.zeros((chars.shape[0], self.widest - 1), ms.int32)
         chars = ops.concat((chars, no_chars), 1)
         ids = ops.stack([chars[:, k:k + n_positions] for k in range(self.widest)], 2)
@@ -188,10 +193,11 @@ class Recurrence(nn.Cell):
 
         i, j, f, o = [x_t; h] · W + B       input gate, candidate, forget gate, output gate
         c = clip(sigmoid(f + 1) · c + sigmoid(i) · tanh(j))
-        h = clip((sigmoid(o) · tanh(c)) · W_P)      the forget gate's + 1 and the clips: bilm-tf
+        h = clip((sigmoid(o) · tanh(c)) · W_P)
 
-    The weights are inputs because `FastRecurrence` (part 8) is the same with a backward pass of its
-    own, a bprop, which MindSpore lets return gradients of inputs only.
+    The forget gate's + 1 and the clips are bilm-tf's. The weights are inputs, not parameters of
+    this cell: `FastRecurrence` (part 8) computes the same with its own backward pass, a bprop, and
+    in MindSpore a bprop returns gradients of inputs only.
     """
 
     def __init__(self, cell_clip, proj_clip, amp=None):
@@ -238,7 +244,8 @@ class ProjectedLSTM(nn.Cell):
         W, B, W_P = self.weights
         h, c = ops.split(state, [W_P.shape[1], W_P.shape[0]], 1)
         y, steps = self.recurrence(x, h, c, W, B, W_P)
-        return y, ops.stop_gradient(ops.concat(steps[-1][:2], 1))
+        h, c = steps[-1][:2]
+        return y, ops.stop_gradient(ops.concat((h, c), 1))
 
 
 # ---- 4. Bidirectional language model -------------------------------------------------------------
@@ -297,9 +304,11 @@ class BiLM(nn.Cell):
         return outputs, ops.stack(states).reshape(state.shape)
 
     def layers(self, x, lengths):
-        """R_k = {h_k,j | j = 0, ..., L} (section 3.2) of sentences, x [sentences, time, projection]
-        with <S> and </S>, `lengths` [sentences] time steps of each -> layers + 1 tensors
-        [sentences, time, 2 · projection], forward beside backward; h_k,0 is x_k twice."""
+        """R_k = {h_k,j | j = 0, ..., L} (section 3.2) of whole sentences.
+
+        x [sentences, time, projection], <S> and </S> included; lengths [sentences], the time steps
+        of each, these two included -> layers + 1 tensors [sentences, time, 2 · projection], forward
+        beside backward; h_k,0 is x_k twice."""
         both = ops.stack((x, reverse(x, lengths))).swapaxes(1, 2)  # [2, time, sentences, ..]
         state = zero_state(self.options, x.shape[0])
         (forward, backward), _ = self.contextualize(both, state)
@@ -321,20 +330,20 @@ class BiLM(nn.Cell):
             raise ValueError("ids of sentences are [sentences, tokens, 50 characters], as "
                              f"batch_to_ids makes them, not {list(ids.shape)}")
         ids = ids if isinstance(ids, Tensor) else Tensor(ids)  # numpy's arrays, too
-        batch, time = 1, ids.shape[-2] + 2
-        for n in outer:
-            batch = batch * n
-        ids = ids.reshape(batch, time - 2, MAX_CHARS).astype(ms.int32)
-        room_for_end = ops.zeros((batch, 1, MAX_CHARS), ms.int32)
-        ids = ops.concat((self.begin.tile((batch, 1, 1)), ids, room_for_end), 1)
-        lengths = (ids > 0).any(-1).sum(1, dtype=ms.int32) + 1  # [batch], with <S> and </S>
+        begin = self.begin.tile((*outer, 1, 1))
+        room_for_end = ops.zeros((*outer, 1, MAX_CHARS), ms.int32)
+        ids = ops.concat((begin, ids.astype(ms.int32), room_for_end), -2)
+        time = ids.shape[-2]
+        ids = ids.reshape(-1, time, MAX_CHARS)  # [batch, time, 50]
+        lengths = (ids > 0).any(-1).sum(1, dtype=ms.int32) + 1  # [batch]; 1 for </S>
         position = ops.arange(time).astype(ms.int32)
         is_token = position < lengths.reshape(-1, 1)  # [batch, time]
         is_last = position == lengths.reshape(-1, 1) - 1
         ids = ops.where(is_last.expand_dims(2), self.end, ids)  # [batch, time, 50]
-        x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(batch, time, -1)
+        x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(-1, time, self.options.projection)
         layers = self.layers(x, lengths)
-        if not keep_sentence_boundaries:  # without <S>, the first, and the last, </S> or nothing
+        if not keep_sentence_boundaries:
+            # Step k is a word, and not <S> or </S>, where step k + 1 is a token, too: hence 2.
             layers, is_token = [h[:, 1:-1] for h in layers], is_token[:, 2:]
         is_kept = is_token.expand_dims(2).astype(x.dtype)
         layers = [(h * is_kept).reshape(*outer, *h.shape[1:]) for h in layers]
@@ -416,9 +425,10 @@ def draw_negatives(rng, n, n_classes):
 
 
 def log_expected_count(k, n_draws, n_classes):
-    """log q(k) for classes k, an array: q(k) = 1 - (1 - P(k))^n_draws, P as in `draw_negatives`, is
-    the probability that n_draws draws hold class k. It is also its expected count among the
-    negatives, where it is once or not at all. (n_draws is random, but taken as given, as in
+    """log q(k) for classes k, an array: q(k) = 1 - (1 - P(k))^n_draws (P: see `draw_negatives`).
+
+    q(k) is the probability that n_draws draws hold class k; also its expected count, since the
+    negatives hold a class once or not at all. (n_draws is random, but taken as given, as in
     TensorFlow.)"""
     p = np.log((k + 2) / (k + 1)) / np.log(n_classes + 1)
     return np.log(-np.expm1(n_draws * np.log1p(-p)))  # exact for small p, too
@@ -430,10 +440,11 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
 
         log(exp t + Σ_{k ≠ target} exp s_k) - t
 
-    with t the target's logit less its log q, s_k a negative's logit less its own. Class k is among
-    the negatives only q(k) times as often as it is in the full softmax's sum; to subtract log q is
-    to divide its exp by q(k). For the target the same is needed (README, "Questions", has the
-    proof): so the logits learn log p, as under the full softmax.
+    with t the target's logit less its log q, s_k a negative's logit less its own. Why less log q:
+    let C be the target and the negatives together. Given C, its class k is the target with a
+    probability proportional to p(k) · Π q(j) over the other j of C, so to p(k) / q(k) (draws taken
+    as independent, README, "Questions"). The softmax over C of logits less log q gives that where
+    the logits are log p, up to a constant: what they are under the full softmax, too.
 
     y [n, projection]; rows of Θs: W_target [n, projection], b_target [n], W_negatives
     [N, projection], b_negatives [N]; log q of the classes, [n] and [N]; is_drawn float32 [n]: 1
@@ -442,7 +453,8 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
     t = (y * W_target).sum(1) + b_target - target_log_q  # [n]
     log_sum = log_sum_exp(y, W_negatives, b_negatives - negative_log_q)  # log Σ_k exp s_k, all k
     # Where the target is one of the negatives (an "accidental hit") the sum has it already, as
-    # s_k = t: then exp(t - 1e9) = 0 is added to it, elsewhere exp t.
+    # s_k = t: then exp(t - 1e9) = 0 is added to it, elsewhere exp t. (TensorFlow removes the
+    # negative instead, with the same result.)
     return (log_add_exp(log_sum, t - 1e9 * is_drawn) - t).mean()
 
 
@@ -494,7 +506,8 @@ class Elmo(nn.Cell):
     (section 3.3).
 
     options_file, weight_file: see `BiLM`; num_output_representations: how many mixes of the layers,
-    each with its own s and γ; requires_grad: train the biLM too (or set it of its parameters);
+    each with its own s and γ; requires_grad: train the biLM, too (or set requires_grad of single
+    parameters of `bilm` yourself);
     do_layer_norm: see `layer_norm`; dropout: of the vectors, in training mode (`set_train()`);
     vocab_to_cache: ignored; keep_sentence_boundaries: leave <S> and </S> in;
     scalar_mix_parameters: fixed w for all mixes, for example [-9e10, -9e10, 1] for the top layer
@@ -533,8 +546,8 @@ class Elmo(nn.Cell):
 # ---- 7. Training and perplexity (sections 3.1, 3.4) ----------------------------------------------
 
 class Batch(NamedTuple):
-    """What one training step reads: a chunk of text (data.Chunk) and what is random. N negatives;
-    n = time · batch predictions of each direction.
+    """What one training step reads: a chunk of text (data.Chunk) and what is random. In the shapes
+    N is the number of negatives of a direction, n = time · batch that of its predictions.
 
     A stream is one sentence after the other; the backward direction reads each of them from its
     end, in the same time steps. "cats sleep" and "dogs bark" are
@@ -600,11 +613,14 @@ def training_batches(run, corpus, tiers):
 # be updated whole: for 793,471 words W alone is 1.6 GB. But only the rows of the classes that a
 # batch names, as negatives or as targets, change. A step copies these rows out, finds in a static
 # graph how they change, and adds this to the tables. (A graph that both reads and changes a table
-# would copy it.) A class that is named several times has as many rows: all steps have one shape.
+# would copy it.) A class that is named several times is copied out as often, so that the copies
+# have the same shape in every step.
 
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` and returns its loss and the
-    gradient's norm, tensors that the device may still be computing. It changes the `Run`."""
+    gradient's norm, tensors that the device may still be computing. It changes the `Run`: its
+    biLM's weights and their sums in `accumulators`; and `tables`, which are the W and b of its
+    softmax, and their sums."""
     o, bilm, workers = run.options, run.bilm, run.workers
     weights = ms.ParameterTuple(bilm.trainable_params())
     adagrad = ops.ApplyAdagrad()
@@ -612,12 +628,14 @@ def make_step(run, tiers):
 
     def loss_of(rows_W, rows_b, state, chars, word_index, reset_state, masks, target_log_q,
                 negative_log_q, is_drawn):
-        # Rows of (see `step`) negatives forward, backward; worker 0's targets forward, ...
+        # The rows, in the order of `step`: negatives forward, negatives backward; then targets
+        # forward, targets backward of worker 0, of worker 1, ... Other workers' have gradient 0.
         sizes = [negative_log_q.shape[1]] * 2 + [target_log_q.shape[1]] * (2 * workers.size)
         W, b = ops.split(rows_W, sizes), ops.split(rows_b, sizes)
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # `Elmo` and `embed` begin each sentence from a zero state, which bilm-tf's LSTMs see but
-        # once. Here a chunk that happens to start at a sentence's start is read from zero.
+        # `Elmo` and `embed` read each sentence from a zero state, which bilm-tf's LSTMs meet once,
+        # at the start of a stream. Here it is set to zero for the streams whose part of this chunk
+        # begins with a sentence. (Sentences that begin further inside continue the state.)
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         outputs, state = bilm.contextualize(x, state, masks if o.dropout else None)
         loss = 0.0
@@ -626,7 +644,7 @@ def make_step(run, tiers):
             own = 2 + 2 * workers.rank + d
             loss += sampled_softmax(y, W[own], b[own], W[d], b[d], target_log_q[d],
                                     negative_log_q[d], is_drawn[d]) / 2
-        return o.unroll_steps * loss, state  # summed over the time steps
+        return o.unroll_steps * loss, state  # the gradient is of the sum over time steps (bilm-tf)
 
     # -> (loss, state), (gradients by rows_W and rows_b, gradients by the weights)
     gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
@@ -635,8 +653,9 @@ def make_step(run, tiers):
     def update(rows_W, rows_b, sums_W, sums_b, place, state, *batch):
         (loss, state), ((dW, db), grads) = gradient(rows_W, rows_b, state, *batch)
         loss, dW, db, *grads = workers.mean((loss, dW, db, *grads))
-        # Adagrad must square the sum of the gradients of a class's rows (as in bilm-tf). The row at
-        # `place` gets the sum, the class's others 0, and so they change nothing.
+        # Adagrad must square the sum of the gradients of a class's rows (as in bilm-tf). place[r]
+        # is the same row for all rows r of a class (see `step`): it gets the sum, like
+        # zeros.index_add_(0, place, g), and the class's others 0, so that they change nothing.
         dW, db = [ops.unsorted_segment_sum(g, place, g.shape[0]) for g in (dW, db)]
         norm = ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
         scale = ops.minimum(o.all_clip_norm_val / norm, 1.0)  # over all parameters (bilm-tf)
@@ -650,10 +669,10 @@ def make_step(run, tiers):
         return loss / o.unroll_steps, norm, state, (step_W, step_b, dW_sum, db_sum)
 
     def step(batch):
-        target, negatives, *rest = map(Tensor, batch)
+        target, negatives, *rest = map(Tensor, batch)  # rest: chars ... is_drawn, as in `loss_of`
         targets = workers.gather(target)  # [workers, 2, n], so that all workers name the same rows
         classes = ops.concat((negatives.reshape(-1), targets.reshape(-1)))
-        # Of each row: one row, any, of its class. For the classes 70 50 70 that is 2 1 2 or 0 1 0.
+        # place[r] is one row, any, of r's class: of the classes 70 50 70 it is 2 1 2 or 0 1 0.
         ops.scatter_update(row_of_class, classes, ops.arange(len(classes)).astype(ms.int32))
         place = ops.gather(row_of_class, classes, 0)
         rows = [ops.gather(table, classes, 0) for table in run.tables]  # of W, b, their sums
@@ -715,8 +734,9 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     share the corpus.
 
     As in bilm-tf, and unlike in training here, only the first sentence of each of the batch_size
-    streams is read from a zero state: fewer streams give a slightly lower perplexity. (bilm-tf
-    leaves out its last batch, and prints the average only.)
+    streams is read from a zero state. A zero state knows nothing of the text before, so that fewer
+    streams give a slightly lower perplexity (README, "What differs"). bilm-tf leaves out its last
+    batch, and prints the average only.
     """
     o = bilm.options
     tiers = measure_tiers(read_chunks(corpus, vocabulary, o))  # without a seed: once, in order
@@ -948,6 +968,7 @@ def embed(args):
     if not args.input or not args.output:
         raise InputError("embed needs --input FILE and --output FILE")
     options, weights, _ = model_files(args)
+    os.stat(args.input)  # an error before anything is computed
     check_outputs([args.output], [args.input, options, weights], args.overwrite)
     vectors = line_vectors(Embedder(BiLM(options, weights)), args.input)
     write_arrays(args.output, ((str(k), h) for k, h in enumerate(vectors)))
