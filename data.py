@@ -17,7 +17,6 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
-import json
 import os
 import re
 import shutil
@@ -156,8 +155,8 @@ def read_chunks(corpus, vocabulary, options, seed=None, position=None, rank=0, s
     # What is left of a stream is always the end of one sentence: which, and how many time steps
     # (at first none of sentence 0).
     records, n_left = position[2:].reshape(2, -1).tolist()
-    streams = [both_directions(words) for words in corpus.read(records)]
-    streams = [steps[len(steps) - n:] for steps, n in zip(streams, n_left)]
+    streams = [both_directions(words)[len(words) + 1 - n:]
+               for words, n in zip(corpus.read(records), n_left)]
     sentences = read_epochs(corpus, seed, epoch, n_read, rank, size)
     while True:
         valid, steps = np.zeros((n_streams, n_steps), bool), []
@@ -312,16 +311,18 @@ def open_text(path):
                 raise InputError(f"{path}: line {number} is not UTF-8 text; convert or unpack it")
             if len(line) == longest:
                 raise InputError(f"{path}: line {number} has {longest:,} characters or more; "
-                                 "divide it, for example with: fold -s")
+                                 "divide it, for example with: fold -s -w 50000")
             yield line
 
 
 def text_files(paths):
     """The files that --input names, and those in folders that it names, hidden ones left out."""
-    for path in map(Path, paths):
-        path.stat()  # an error where it does not exist
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file()
+    for path in paths:
+        os.stat(path)  # an error where it does not exist
+        inside = [file for file in sorted(Path(path).rglob("*")) if file.is_file()
                   and not re.search(r"(^|/)\.", str(file.relative_to(path)))]
+        if not inside and os.path.isdir(path):
+            raise InputError(f"{path}: a folder without files (hidden ones are left out)")
         yield from inside or [path]
 
 
@@ -355,8 +356,8 @@ def read_sentences(files, raw):
             words = line.split()
             if len(words) > 10_000:
                 raise InputError(f"{file}: line {number} has {len(words):,} words; give a sentence "
-                                 "a line, or divide it: fold -s")
-            if words:
+                                 "a line, or divide it: fold -s -w 50000")
+            if words:  # bilm-tf trains on a blank line as <S> </S>
                 yield words
 
 
@@ -400,15 +401,15 @@ def check_outputs(outputs, inputs, overwrite):
 
 # ---- 7. MindRecord files: one record a sentence, its text ----------------------------------------
 # MindSpore reads wrong text from a damaged file, or crashes, and looks for a renamed one under its
-# old name. So what it wrote is followed by 400 bytes with the file's name and totals, which it does
-# not mind, and a CRC-32 of the .db and of all before it. Then the CRC-32 of both files is the same
-# number always.
+# old name. So what it wrote is followed by 16 bytes, the totals, which it does not mind, and by a
+# CRC-32 of the file's name, the .db and all before. Then the CRC-32 of all is the same number
+# always.
 WHOLE = 0x2144df1c
 
 
 def checksum(path):
-    """The CRC-32 of a MindRecord's .db and the file itself."""
-    crc = 0
+    """The CRC-32 of a MindRecord's name, its .db and the file itself."""
+    crc = zlib.crc32(os.fsencode(os.path.basename(path)))
     for name in (path + ".db", path):
         with open(name, "rb") as file:
             for block in iter(lambda: file.read(1 << 20), b""):
@@ -428,21 +429,20 @@ class Writer:
 
     def add(self, text, n_tokens):
         """Writes a sentence, its tokens joined by spaces."""
-        self.waiting.append({"text": text})
-        self.sentences, self.tokens = self.sentences + 1, self.tokens + n_tokens
         if len(self.waiting) == 2000:
             self.file.write_raw_data(self.waiting)
             self.waiting = []
+        self.waiting.append({"text": text})
+        self.sentences, self.tokens = self.sentences + 1, self.tokens + n_tokens
 
     def finish(self):
-        name = os.path.basename(self.path)
-        if not self.sentences:
+        if not self.waiting:
+            name = os.path.basename(self.path)
             raise InputError(f"{name}: no sentence for it; give more text")
-        if self.waiting:
-            self.file.write_raw_data(self.waiting)
+        self.file.write_raw_data(self.waiting)
         self.file.commit()
         with open(self.path, "ab") as file:
-            file.write(json.dumps([name, self.sentences, self.tokens]).encode().ljust(400))
+            file.write(np.array([self.sentences, self.tokens], np.int64).tobytes())
         crc = checksum(self.path)
         with open(self.path, "ab") as file:
             file.write(crc.to_bytes(4, "little"))
@@ -457,14 +457,12 @@ class Corpus:
         if not os.path.exists(path):
             raise InputError(f"{path}: no such file; data.py writes it")
         if checksum(path) != WHOLE:
-            raise InputError(f"{path}: it or its .db is damaged, or not from this version of "
-                             "data.py; convert the text again")
+            raise InputError(f"{path}: it or its .db is damaged, renamed or not from this version "
+                             "of data.py; give both their old names, or convert the text again")
         with open(path, "rb") as file:
-            file.seek(-404, os.SEEK_END)
-            name, self.sentences, self.tokens = json.loads(file.read(400))
+            file.seek(-20, os.SEEK_END)
+            self.sentences, self.tokens = np.frombuffer(file.read(16), np.int64).tolist()
             self.checksum = file.read().hex()
-        if name != os.path.basename(path):
-            raise InputError(f"{path}: was written as {name}; give it and its .db that name again")
         self.path = path
 
     def read(self, records):
@@ -472,9 +470,9 @@ class Corpus:
         from mindspore.dataset import MindDataset, SubsetSampler
         n = min(self.CHUNK, self.sentences)  # it refuses more numbers than there are records
         for first in range(0, len(records), n):
-            some = [int(record) for record in records[first:first + n]]
+            sampler = SubsetSampler(records[first:first + n])
             try:
-                chunk = MindDataset(self.path, ["text"], 2, sampler=SubsetSampler(some))
+                chunk = MindDataset(self.path, ["text"], 2, sampler=sampler)
                 for text, in chunk.create_tuple_iterator(num_epochs=1, output_numpy=True):
                     yield text.tobytes().decode().split()
             except (RuntimeError, ValueError):  # MindSpore's message is many lines
@@ -552,7 +550,7 @@ def parse_arguments(argv):
     if not args.input and not args.heldout:
         args.heldout = "heldout.mindrecord"
     if not args.vocab:
-        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocab")
+        beside = str(Path(__file__).with_name("vocab"))
         args.vocab = "vocab" if args.build_vocab or os.path.exists("vocab") else beside
     return args
 
@@ -561,13 +559,10 @@ def convert(args):
     """Does what the command line asks for."""
     files = list(text_files(args.input))
     records = [path for path in (args.output, args.heldout) if path]
-    outputs = [path + end for path in records for end in ("", ".db")]
-    if args.build_vocab:
-        vocabulary = None
-        check_outputs([*outputs, args.vocab], files, args.overwrite)
-    else:
-        vocabulary = Vocabulary(args.vocab)
-        check_outputs(outputs, [*files, args.vocab], args.overwrite)
+    inputs, outputs = [*files], [path + end for path in records for end in ("", ".db")]
+    (outputs if args.build_vocab else inputs).append(args.vocab)
+    check_outputs(outputs, inputs, args.overwrite)
+    vocabulary = None if args.build_vocab else Vocabulary(args.vocab)
     share = args.heldout_share if args.heldout else 0
     counts = collections.Counter()  # of words that training reads
     with contextlib.ExitStack() as stack:  # at its end the files take their places

@@ -23,15 +23,14 @@ static graph; a cell's bprop, where there is one, is its own backward pass; ops.
 p[i], and ops.scatter_add(p, i, d) is p.index_add_(0, i, d).
 
 Part 8 has small functions that do what their names say, where MindSpore's own would not do or be
-slow. They are matmul(x, y); bias_add(x, b), x + b; log; tanh; maximum_over_positions;
-log_sum_exp(y, W, b), log Σ_k exp(y · W_k + b_k); random_masks; parameter(name, initial values);
-compiled, a wrapper of ms.jit; make_matmul(amp), a matmul in the type amp (None: float32); and
-in_pieces(tiers, n_words), which lists tiers, (number of words, limit), and then (128, 50), ... for
-the words beyond them. data.py reads the text.
+slow. They are matmul(x, y); bias_add(x, b), x + b; log; tanh; log_sum_exp(y, W, b), which is
+log Σ_k exp(y · W_k + b_k); random_masks; parameter(name, initial values); compiled, a wrapper of
+ms.jit; make_matmul(amp), a matmul in the type amp (None: float32); and in_pieces(tiers, n_words),
+which lists tiers, (number of words, limit), and then (128, 50), ... for the words beyond them.
+data.py reads the text.
 """
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -120,8 +119,8 @@ class CharEncoder(nn.Cell):
             W_cnn.append(parameter(f"CNN/W_cnn_{k}", initial_filters(1, width, o.char_dim, n)))
             b_cnn.append(parameter(f"CNN/b_cnn_{k}", np.zeros(n)))
         for k in range(o.n_highway):
-            # "carry" is bilm-tf's name for the weights of the gate g (below), though g is the share
-            # that is not carried. -2: g is small at first, and x passes as it is.
+            # y = g · relu(x · W_t + b_t) + (1 - g) · x, g = sigmoid(x · W_c + b_c); "carry" is
+            # bilm-tf's name for W_c and b_c. -2: g is small at first, and y is nearly x.
             for name, bias in (("carry", -2.0), ("transform", 0.0)):
                 W = parameter(f"CNN_high_{k}/W_{name}", normal(n_filters, n_filters))
                 highway += [W, parameter(f"CNN_high_{k}/b_{name}", np.full(n_filters, bias))]
@@ -143,7 +142,7 @@ class CharEncoder(nn.Cell):
         zeros = ops.zeros((1, self.char_dim), ms.float32)
         embedding = ops.concat((zeros, self.char_embed))  # [262, char_dim]
         features, first = [], 0
-        for n, limit in in_pieces(tiers, chars.shape[0]):
+        for n, limit in in_pieces(tiers, chars.shape[0]):  # the tiers, then (128, 50), ...
             features.append(self.features(embedding, chars[first:first + n], limit))
             first += n
         x = ops.concat(features)  # [words, filters]
@@ -163,7 +162,8 @@ class CharEncoder(nn.Cell):
         feature = activation(max_p score[p] + b)
 
         limit: the words' characters at most, marks included. From p = limit on every filter sees
-        padding alone, and scores the same at each p: p = limit stands for all of them.
+        padding alone, and scores the same at each p: p = limit stands for all of them (or is
+        beyond, as they all are, where the filter is too wide).
         """
         # All filters side by side are one product: zeros make each as wide as the widest.
         kernel = []
@@ -171,7 +171,7 @@ class CharEncoder(nn.Cell):
             zeros = ops.zeros((1, self.widest - width, self.char_dim, n), ms.float32)
             kernel.append(ops.concat((W, zeros), 1).reshape(-1, n))
         kernel = ops.concat(kernel, 1)  # [widest · char_dim, filters]
-        n_positions = min(limit + 1, MAX_CHARS)  # p = 0 ... limit
+        n_positions = min(limit + 1, MAX_CHARS)
         # So that the widest filter has something to read at each p; it never counts (`beyond`).
         no_chars = ops.zeros((chars.shape[0], self.widest - 1), ms.int32)
         chars = ops.concat((chars, no_chars), 1)
@@ -182,7 +182,7 @@ class CharEncoder(nn.Cell):
         if n_positions + self.widest - 1 > MAX_CHARS:  # some filters reach beyond
             scores = scores + self.beyond[:n_positions]
         b = ops.concat(list(self.b_cnn))
-        return self.activation(bias_add(maximum_over_positions(scores), b))
+        return self.activation(bias_add(scores.max(axis=1), b))  # [words, filters]
 
 
 # ---- 3. LSTM with projection ---------------------------------------------------------------------
@@ -284,7 +284,7 @@ class BiLM(nn.Cell):
         batch, projection + dim], what the LSTMs remember from the text before; masks [layers + 1,
         2, time, batch, projection], of dropout, for each layer's input and the last one's output.
         """
-        o, outputs, states = self.options, [], []
+        o, outputs, states = self.options, [], []  # states: of direction 0, layer by layer, then 1
         if masks is not None:
             masks = [ops.unstack(mask) for mask in ops.unstack(masks)]
         for direction, (x_d, old_states) in enumerate(zip(ops.unstack(x), ops.unstack(state))):
@@ -325,10 +325,11 @@ class BiLM(nn.Cell):
         unless keep_sentence_boundaries says otherwise: then there are 2 tokens more. ValueError for
         ids of another shape.
         """
-        outer = ids.shape[:-2]
-        if not outer or 0 in outer or ids.shape[-1] != MAX_CHARS:
+        shape = getattr(ids, "shape", ())
+        outer = shape[:-2]
+        if not outer or 0 in outer or shape[-1] != MAX_CHARS:
             raise ValueError("ids of sentences are [sentences, tokens, 50 characters], as "
-                             f"batch_to_ids makes them, not {list(ids.shape)}")
+                             f"batch_to_ids makes them, not {list(shape)}")
         ids = ids if isinstance(ids, Tensor) else Tensor(ids)  # numpy's arrays, too
         begin = self.begin.tile((*outer, 1, 1))
         room_for_end = ops.zeros((*outer, 1, MAX_CHARS), ms.int32)
@@ -343,7 +344,8 @@ class BiLM(nn.Cell):
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(-1, time, self.options.projection)
         layers = self.layers(x, lengths)
         if not keep_sentence_boundaries:
-            # Step k is a word, and not <S> or </S>, where step k + 1 is a token, too: hence 2.
+            # Of steps 1 ... time - 2, k is a word, and not </S>, where k + 1 is a token, too: their
+            # mask is is_token from 2 on.
             layers, is_token = [h[:, 1:-1] for h in layers], is_token[:, 2:]
         is_kept = is_token.expand_dims(2).astype(x.dtype)
         layers = [(h * is_kept).reshape(*outer, *h.shape[1:]) for h in layers]
@@ -411,8 +413,8 @@ def draw_negatives(rng, n, n_classes):
     """
     drawn = np.empty(0, np.int64)
     while True:
-        # P(k) is how often a v that is uniform between 0 and log(n_classes + 1) falls between
-        # log(k + 1) and log(k + 2): where exp v rounds down to k + 1.
+        # P(k) is the length from log(k + 1) to log(k + 2) as a share of that from 0 to
+        # log(n_classes + 1): so often exp v, v uniform in there, rounds down to k + 1.
         v = rng.random(2 * n) * np.log(n_classes + 1)
         k = np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1)  # it may round to n_classes
         drawn = np.append(drawn, k)
@@ -441,10 +443,13 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
         log(exp t + Σ_{k ≠ target} exp s_k) - t
 
     with t the target's logit less its log q, s_k a negative's logit less its own. Why less log q:
-    let C be the target and the negatives together. Given C, its class k is the target with a
-    probability proportional to p(k) · Π q(j) over the other j of C, so to p(k) / q(k) (draws taken
-    as independent, README, "Questions"). The softmax over C of logits less log q gives that where
-    the logits are log p, up to a constant: what they are under the full softmax, too.
+    let C be the target and the negatives together, each class j drawn with probability q(j), as if
+    independently. By Bayes' rule
+
+        P(k is the target | C) ∝ p(k) · P(C | k is the target) ∝ p(k) · Π_{j in C, j ≠ k} q(j)
+
+    which is ∝ p(k) / q(k). The softmax over C of logits less log q equals this when the logits are
+    log p plus a constant: the same logits that the full softmax learns.
 
     y [n, projection]; rows of Θs: W_target [n, projection], b_target [n], W_negatives
     [N, projection], b_negatives [N]; log q of the classes, [n] and [N]; is_drawn float32 [n]: 1
@@ -471,7 +476,8 @@ class ScalarMix(nn.Cell):
     def __init__(self, mixture_size, do_layer_norm=False, initial_scalar_parameters=None,
                  trainable=True):
         super().__init__()
-        w = initial_scalar_parameters or [0.0] * mixture_size
+        w = initial_scalar_parameters
+        w = [0.0] * mixture_size if w is None else list(w)
         if len(w) != mixture_size:
             raise ValueError(f"a mix of {mixture_size} layers takes as many parameters, not {w}")
         self.do_layer_norm = do_layer_norm
@@ -500,9 +506,9 @@ def layer_norm(h):
 
 
 class Elmo(nn.Cell):
-    """ELMo vectors as a layer of a task's network, with the arguments of AllenNLP's `Elmo`. It is
-    for the network to "concatenate the ELMo vector ELMo_k^task with x_k", here its own embedding of
-    the token, "and pass the ELMo enhanced representation [x_k; ELMo_k^task] into the task RNN"
+    """ELMo vectors as a layer of a task's network, with the arguments of AllenNLP's `Elmo`. The
+    network itself must "concatenate the ELMo vector ELMo_k^task with x_k", here its own embedding
+    of the token, "and pass the ELMo enhanced representation [x_k; ELMo_k^task] into the task RNN"
     (section 3.3).
 
     options_file, weight_file: see `BiLM`; num_output_representations: how many mixes of the layers,
@@ -584,7 +590,7 @@ def make_batch(chunk, step, tiers, n_classes, o, seed, rank=0):
         n_draws = np.array([[n] for _, n in samples])  # [2, 1]
         target_log_q = log_expected_count(target, n_draws, n_classes)
         negative_log_q = log_expected_count(negatives, n_draws, n_classes)
-    else:  # the full softmax is the sampled one with every class drawn, for sure: log q = 0
+    else:  # the full softmax (few classes) is the sampled one with all of them drawn: log q = 0
         negatives = np.tile(np.arange(n_classes), (2, 1))
         target_log_q, negative_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
     is_drawn = [np.isin(target[d], negatives[d]) for d in (0, 1)]
@@ -613,29 +619,31 @@ def training_batches(run, corpus, tiers):
 # be updated whole: for 793,471 words W alone is 1.6 GB. But only the rows of the classes that a
 # batch names, as negatives or as targets, change. A step copies these rows out, finds in a static
 # graph how they change, and adds this to the tables. (A graph that both reads and changes a table
-# would copy it.) A class that is named several times is copied out as often, so that the copies
-# have the same shape in every step.
+# would copy it.)
+#
+# The order of the rows: negatives forward, negatives backward; then of worker 0, of worker 1, ...
+# targets forward, targets backward. (So the gradients of all workers have the same rows; those of
+# another worker's targets are 0.) A class that is named several times has as many rows, so that
+# their number is the same in every step. place[r] is one row of r's class, for all of them the same
+# one: of the classes 70 50 70 it is 2 1 2. The row at `place` gets all the change of its class.
 
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` and returns its loss and the
-    gradient's norm, tensors that the device may still be computing. It changes the `Run`: its
-    biLM's weights and their sums in `accumulators`; and `tables`, which are the W and b of its
-    softmax, and their sums."""
+    gradient's norm, tensors that the device may still be computing. It changes the `Run`'s weights,
+    their sums (`accumulators`), and the `tables` W and b of its softmax, and their sums."""
     o, bilm, workers = run.options, run.bilm, run.workers
     weights = ms.ParameterTuple(bilm.trainable_params())
-    adagrad = ops.ApplyAdagrad()
+    # Where `step` notes, of each class of a batch, one of its rows.
     row_of_class = Parameter(Tensor(np.zeros(len(run.vocabulary), np.int32)), requires_grad=False)
 
     def loss_of(rows_W, rows_b, state, chars, word_index, reset_state, masks, target_log_q,
                 negative_log_q, is_drawn):
-        # The rows, in the order of `step`: negatives forward, negatives backward; then targets
-        # forward, targets backward of worker 0, of worker 1, ... Other workers' have gradient 0.
+        # Of negatives forward, negatives backward, worker 0's targets forward, ... (see above).
         sizes = [negative_log_q.shape[1]] * 2 + [target_log_q.shape[1]] * (2 * workers.size)
         W, b = ops.split(rows_W, sizes), ops.split(rows_b, sizes)
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # `Elmo` and `embed` read each sentence from a zero state, which bilm-tf's LSTMs meet once,
-        # at the start of a stream. Here it is set to zero for the streams whose part of this chunk
-        # begins with a sentence. (Sentences that begin further inside continue the state.)
+        # `Elmo` and `embed` read each sentence from a zero state, which bilm-tf's LSTMs meet once.
+        # So that ours know it, streams whose chunk begins with a sentence begin from it.
         state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
         outputs, state = bilm.contextualize(x, state, masks if o.dropout else None)
         loss = 0.0
@@ -646,33 +654,30 @@ def make_step(run, tiers):
                                     negative_log_q[d], is_drawn[d]) / 2
         return o.unroll_steps * loss, state  # the gradient is of the sum over time steps (bilm-tf)
 
-    # -> (loss, state), (gradients by rows_W and rows_b, gradients by the weights)
     gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
 
     @compiled
     def update(rows_W, rows_b, sums_W, sums_b, place, state, *batch):
         (loss, state), ((dW, db), grads) = gradient(rows_W, rows_b, state, *batch)
         loss, dW, db, *grads = workers.mean((loss, dW, db, *grads))
-        # Adagrad must square the sum of the gradients of a class's rows (as in bilm-tf). place[r]
-        # is the same row for all rows r of a class (see `step`): it gets the sum, like
-        # zeros.index_add_(0, place, g), and the class's others 0, so that they change nothing.
+        # Adagrad must square the sum of the gradients of a class's rows (as in bilm-tf): the row at
+        # `place` gets it, as by zeros.index_add_(0, place, g); the others get 0 and change nothing.
         dW, db = [ops.unsorted_segment_sum(g, place, g.shape[0]) for g in (dW, db)]
         norm = ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
         scale = ops.minimum(o.all_clip_norm_val / norm, 1.0)  # over all parameters (bilm-tf)
         # Adagrad: sum += g², w -= learning rate · g / √sum; the sums begin at 1 (bilm-tf).
         for w, total, g in zip(weights, run.accumulators, grads):
-            adagrad(w, total, o.learning_rate, scale * g)
+            ops.ApplyAdagrad()(w, total, o.learning_rate, scale * g)
         dW, db = scale * dW, scale * db
-        dW_sum, db_sum = ops.square(dW), ops.square(db)
-        step_W = -o.learning_rate * dW / ops.sqrt(sums_W + dW_sum)
-        step_b = -o.learning_rate * db / ops.sqrt(sums_b + db_sum)
-        return loss / o.unroll_steps, norm, state, (step_W, step_b, dW_sum, db_sum)
+        squares_W, squares_b = ops.square(dW), ops.square(db)
+        step_W = -o.learning_rate * dW / ops.sqrt(sums_W + squares_W)
+        step_b = -o.learning_rate * db / ops.sqrt(sums_b + squares_b)
+        return loss / o.unroll_steps, norm, state, (step_W, step_b, squares_W, squares_b)
 
     def step(batch):
         target, negatives, *rest = map(Tensor, batch)  # rest: chars ... is_drawn, as in `loss_of`
         targets = workers.gather(target)  # [workers, 2, n], so that all workers name the same rows
         classes = ops.concat((negatives.reshape(-1), targets.reshape(-1)))
-        # place[r] is one row, any, of r's class: of the classes 70 50 70 it is 2 1 2 or 0 1 0.
         ops.scatter_update(row_of_class, classes, ops.arange(len(classes)).astype(ms.int32))
         place = ops.gather(row_of_class, classes, 0)
         rows = [ops.gather(table, classes, 0) for table in run.tables]  # of W, b, their sums
@@ -704,12 +709,14 @@ def train(args):
         save_is_due = epoch_is_over or run.step % args.save_every == 0
         log_is_due = save_is_due or run.step % args.log_every == 0
         if log_is_due:
-            run.log_losses(losses, args.out)  # which waits for the device
+            run.log_losses(losses)  # which waits for the device
             losses = []
         if epoch_is_over and heldout:
-            is_best = run.log_heldout(perplexity(), args.out)
+            is_best = run.log_heldout(perplexity())
         else:
             is_best = epoch_is_over  # without held-out text the latest epoch counts as the best
+        if log_is_due and run.workers.rank == 0:
+            write_lines(f"{args.out}/log.csv", run.log)
         if save_is_due:
             run.save(args.out, is_best)
         if log_is_due or run.step == first_step:
@@ -733,10 +740,10 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     dropout, under the full softmax, since exp of the sampled loss is no perplexity. Several workers
     share the corpus.
 
-    As in bilm-tf, and unlike in training here, only the first sentence of each of the batch_size
-    streams is read from a zero state. A zero state knows nothing of the text before, so that fewer
-    streams give a slightly lower perplexity (README, "What differs"). bilm-tf leaves out its last
-    batch, and prints the average only.
+    As in bilm-tf, so that figures compare, and unlike in training here, only the first sentence of
+    each of the batch_size streams is read from a zero state. A zero state knows nothing of the text
+    before, so that fewer streams give a slightly lower perplexity (README, "What differs"). bilm-tf
+    leaves out its last batch, and prints the average only.
     """
     o = bilm.options
     tiers = measure_tiers(read_chunks(corpus, vocabulary, o))  # without a seed: once, in order
@@ -761,11 +768,11 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
             loss = softmax(y, Tensor(chunk.target.reshape(-1))).asnumpy().reshape(2, -1)
             valid = chunk.valid.reshape(-1)  # False beyond the text's end, for both directions
             totals += [*loss[:, valid].sum(1, np.float64), valid.sum()]
-        totals = workers.sum(totals)
+        totals = workers.gather(Tensor(totals, ms.float32)).asnumpy().sum(0, np.float64)
         forward, backward = totals[:2] / totals[2]
         with np.errstate(over="ignore"):  # inf for a model that has diverged
             scores = np.exp([forward, backward, (forward + backward) / 2])
-        return Perplexities(*scores.tolist(), int(totals[2]))
+        return Perplexities(*scores.tolist(), n_predictions)
 
     return perplexity
 
@@ -822,13 +829,6 @@ def log(x):
 def tanh(x):
     # On a CPU MindSpore's own is off by 1e-4 beyond |x| = 4.
     return 2 * ops.sigmoid(2 * x) - 1 if on_cpu() else ops.tanh(x)
-
-
-def maximum_over_positions(x):
-    """[words, positions, n] -> [words, n]."""
-    if on_cpu():  # pooling is faster there; on Ascend it may not compute in float32
-        return ops.MaxPool((x.shape[1], 1))(x.expand_dims(0)).reshape(x.shape[0], -1)
-    return ops.max(x, 1)[0]
 
 
 def random_masks(seed, shape, rate):
@@ -923,10 +923,11 @@ for kind in (CharEncoder, Recurrence, ProjectedLSTM, BiLM):
 # ---- 9. Embedding files of sentences -------------------------------------------------------------
 
 class Embedder:
-    """The biLM's layers for any sentences: the same sentence always gets the same vectors.
+    """The biLM's layers for any sentences: the same sentence gets the same vectors (up to rounding)
+    whatever is beside it.
 
-    Each distinct word is encoded once, and sentences of similar lengths are read side by side.
-    Nothing is compiled, as shapes vary.
+    Each distinct word is encoded once. Sentences of similar lengths are read side by side, a few
+    time steps at once. Nothing is compiled, as shapes vary.
     """
 
     def __init__(self, bilm):
@@ -935,31 +936,39 @@ class Embedder:
     def __call__(self, sentences):
         """Sentences, each some words -> a list of float32 [layers + 1, words, 2 · projection],
         h_0 ... h_L of equation 1. ValueError for what are no sentences."""
-        text = [["<S>", *words, "</S>"] for words in as_lists(sentences)]
-        x, vectors = self.encode(set().union(*text)), [None] * len(text)
-        tokens_at_once = (3 << 22) // self.bilm.options.dim  # so that memory is bounded
-        order = sorted(range(len(text)), key=lambda k: len(text[k]))
+        text, o = [["<S>", *words, "</S>"] for words in as_lists(sentences)], self.bilm.options
+        vectors, x = [None] * len(text), self.encode(set().union(*text))
+        order = sorted(range(len(text)), key=lambda k: -len(text[k]))  # the longest first
         while order:
-            longest = len(text[order[-1]])
-            n = max(1, tokens_at_once // longest)
-            block, order = order[-n:], order[:-n]
-            lengths = [len(text[k]) for k in block]
-            inputs = np.zeros((len(block), longest, self.bilm.options.projection), np.float32)
-            for row, k in zip(inputs, block):
-                row[:len(text[k])] = [x[word] for word in text[k]]
-            layers = self.bilm.layers(Tensor(inputs), Tensor(lengths, ms.int32))
-            layers = np.stack([h.asnumpy() for h in layers], 1)  # [sentences, layers + 1, time, ..]
-            for k, length, h in zip(block, lengths, layers):
-                vectors[k] = h[:, 1:length - 1].copy()
+            longest = len(text[order[0]])
+            n = min(256, max(1, (1 << 15) // longest))  # so that memory is bounded
+            block, order = order[:n], order[n:]
+            lengths = np.array([len(text[k]) for k in block])
+            # x_k and the layers' outputs, each direction in its reading order, 0 behind its end.
+            h = np.zeros((2, o.n_layers + 1, longest, len(block), o.projection), np.float32)
+            for column, k in enumerate(block):
+                rows = [x[word] for word in text[k]]
+                h[:, 0, :len(rows), column] = rows, rows[::-1]
+            state = zero_state(o, len(block))
+            for t in range(0, longest, 8):
+                n = int((lengths > t).sum())  # sentences; those behind them have ended
+                outputs, state = self.bilm.contextualize(Tensor(h[:, 0, t:t + 8, :n]),
+                                                         state[:, :, :n])
+                for h_d, layers in zip(h, outputs):
+                    h_d[1:, t:t + 8, :n] = [layer.asnumpy() for layer in layers]
+            for column, k in enumerate(block):
+                end = lengths[column] - 1  # where </S> stands
+                forward, backward = h[0, :, 1:end, column], h[1, :, end - 1:0:-1, column]
+                vectors[k] = np.concatenate((forward, backward), -1)
         return vectors
 
     def encode(self, words):
         """-> {word: x_k}. Words of similar lengths together: short ones take less time."""
-        words, x = sorted(words, key=lambda word: len(word.encode("utf-8", "ignore"))), {}
+        words, x = sorted(words, key=len), {}
         for k in range(0, len(words), 256):
             chars, lengths = word_chars(words[k:k + 256])
             tiers = ((len(chars), int(lengths.max())),)
-            x.update(zip(words[k:k + 256], self.bilm.encoder(Tensor(chars), tiers).asnumpy()))
+            x.update(zip(words[k:], self.bilm.encoder(Tensor(chars), tiers).asnumpy()))
         return x
 
 
@@ -1080,32 +1089,31 @@ def import_h5py(path):
 def open_arrays(path):
     """Opens a .npz or .hdf5 file -> a mapping of names to arrays, each read when it is asked for.
     InputError where the file cannot be read."""
-    path = os.fspath(path)
     try:
-        if path.endswith(".npz"):
+        if str(path).endswith(".npz"):
             with np.load(path) as arrays:
                 yield arrays
         else:
-            with import_h5py(path).File(path, "r") as file:
+            # Some file systems know no locks.
+            with import_h5py(path).File(path, "r", locking=False) as file:
                 names = []
                 file.visit(names.append)
                 yield {name: file[name] for name in names if hasattr(file[name], "shape")}
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file (training writes best.npz when an epoch ends)"
-                         ) from None
+        raise InputError(f"{path}: no such file (training writes best.npz when an epoch ends; what "
+                         "is at a URL must be downloaded first)") from None
     except Exception as error:  # whatever numpy, zipfile and h5py raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: cannot be read ({reason:.200}); is it whole, and no web page or "
-                         "pointer of git-lfs?") from None
+        raise InputError(f"{path}: cannot be read ({error!r:.200}); is it whole, and no web page "
+                         "or pointer of git-lfs?") from None
 
 
 def load_weights(path, parameters):
     """Reads parameters from a .npz or .hdf5 file, in place, so that compiled functions see them.
     InputError where one is missing, of another shape or not finite, or where the file holds more
     layers."""
-    wanted = {published_name(p): p for p in parameters}
+    wanted = named(parameters)
     with open_arrays(path) as arrays:
         # bilm-tf names a single layer so.
         found = {name.replace("/RNN/LSTMCell", "/RNN/MultiRNNCell/Cell0/LSTMCell"): name
@@ -1115,8 +1123,8 @@ def load_weights(path, parameters):
                 raise InputError(f"{path}: holds {name}, which these options do not ask for")
         for name, p in wanted.items():
             if name not in found:
-                raise InputError(f"{path}: has no {name}, which these options ask for (models "
-                                 "without projections cannot be read)")
+                raise InputError(f"{path}: has no {name}, which these options ask for (without "
+                                 "projections, proj and W_P, a model cannot be read at all)")
             array = np.asarray(arrays[found[name]], np.float32)
             if array.shape != p.shape:
                 raise InputError(f"{path}: {name} is {list(array.shape)}, but these options ask "
@@ -1127,7 +1135,8 @@ def load_weights(path, parameters):
 
 
 def write_arrays(path, arrays):
-    """Writes (name, array) pairs one by one to a .npz or .hdf5 file."""
+    """Writes (name, array or parameter) pairs to a .npz or .hdf5 file, one after the other, since
+    all together are as large as the model."""
     if not path.endswith((".npz", ".hdf5")):
         raise InputError(f"{path}: the name must end in .npz or .hdf5")
     with written(path) as draft:
@@ -1135,17 +1144,17 @@ def write_arrays(path, arrays):
             with zipfile.ZipFile(draft, "w") as file:
                 for name, array in arrays:
                     with file.open(name + ".npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                        np.save(member, array)
         else:
-            with import_h5py(path).File(draft, "w") as file:
+            with import_h5py(path).File(draft, "w", locking=False) as file:
                 for name, array in arrays:
-                    file[name] = array
+                    file[name] = np.asarray(array)
 
 
 def named(parameters):
-    """The (name, array) pairs of parameters, for `write_arrays`: those of a `BiLM` make a file that
+    """{name: parameter}, whose items `write_arrays` takes: those of a `BiLM` make a file that
     `embed`, bilm-tf and AllenNLP read."""
-    return ((published_name(p), p.asnumpy()) for p in parameters)
+    return {published_name(p): p for p in parameters}
 
 
 def load_softmax(path, softmax, vocabulary):
@@ -1205,7 +1214,7 @@ class Run:
         """tokens/s are counted from here."""
         self.clock = self.step, time.perf_counter()
 
-    def log_losses(self, losses, folder):
+    def log_losses(self, losses):
         """A line of the log: the mean of some steps' losses, (loss, norm) each; tokens a second;
         the time left. InputError where one is not finite."""
         losses = np.array([[float(x.asnumpy()) for x in pair] for pair in losses])
@@ -1220,19 +1229,15 @@ class Run:
         print(f"step {self.step:,} of {self.n_steps:,}  epoch {epoch}  {name} {loss:.4f}  "
               f"{speed:,.0f} tokens/s  {math.ceil(left / 60)} min left", flush=True)
         self.log.append(f"{self.step},{epoch},{loss:.6f},{speed:.0f},,,")
-        self.write_log(folder)
 
-    def log_heldout(self, scores, folder):
+    def log_heldout(self, scores):
         """Adds the held-out `Perplexities` to the last line -> whether it is the best so far."""
         print(f"held-out {scores}", flush=True)
         self.log[-1] = self.log[-1][:-2] + ",".join(f"{x:.4f}" for x in scores[:3])
-        self.write_log(folder)
         is_best, self.best = scores.average < self.best, min(self.best, scores.average)
         return is_best
 
-    def write_log(self, folder):
-        if self.workers.rank == 0:
-            write_lines(f"{folder}/log.csv", self.log)
+
 
     def parameters(self):
         return [*self.bilm.get_parameters(), *self.accumulators, *self.tables]
@@ -1246,25 +1251,21 @@ class Run:
         # The best first: after a crash between the two this epoch ends again, and is best again.
         if is_best:
             weights = named([*self.bilm.get_parameters(), *self.softmax.get_parameters()])
-            words = [("softmax/vocabulary", self.vocabulary.checksum)]  # of which words Θs is
-            write_arrays(f"{folder}/best.npz", itertools.chain(weights, words))
-        state = {"run/identity": json.dumps(self.identity), "run/step": self.step,
-                 "run/best": self.best, "run/log": "\n".join(self.log), "run/positions": positions,
-                 "run/lstm_states": states}
-        # One array after the other, since all together are as large as the model.
-        write_arrays(f"{folder}/last.npz",
-                     itertools.chain(state.items(), named(self.parameters())))
+            weights["softmax/vocabulary"] = self.vocabulary.checksum  # of which words Θs is
+            write_arrays(f"{folder}/best.npz", weights.items())
+        state = {"run/state": json.dumps([self.identity, self.step, self.best, self.log]),
+                 "run/positions": positions, "run/lstm_states": states}
+        write_arrays(f"{folder}/last.npz", {**state, **named(self.parameters())}.items())
 
     def resume(self, path):
         """Takes over a last.npz. InputError where it is of another run."""
         with open_arrays(path) as arrays:
-            before = json.loads(str(arrays["run/identity"]))
+            state = json.loads(str(arrays["run/state"]))
+            before, self.step, self.best, self.log = state
             for key, value in self.identity.items():
                 if before[key] != value:
                     raise InputError(f"{path}: that run has {key} {before[key]!r:.200}, not "
                                      f"{value!r:.200}; resume it with the command that began it")
-            self.step, self.best = int(arrays["run/step"]), float(arrays["run/best"])
-            self.log = str(arrays["run/log"]).splitlines()
             self.position = arrays["run/positions"][self.workers.rank]
             self.lstm_state = Tensor(arrays["run/lstm_states"][self.workers.rank])
         load_weights(path, self.parameters())
@@ -1278,15 +1279,14 @@ def accumulator(p):
 def open_run(args):
     """The `Run` that the command line asks for, new or resumed, its corpus and its held-out corpus
     (or None)."""
-    workers, last = Workers(), f"{args.out}/last.npz"
+    workers, last, best = Workers(), f"{args.out}/last.npz", f"{args.out}/best.npz"
     if args.resume and not os.path.exists(last):
         raise InputError(f"{last}: no such file; leave out --resume to begin a run")
-    if os.path.exists(last) and not args.resume:
-        raise InputError(f"{last}: exists; --resume goes on with that run; or give another --out")
+    for path in (last, best):
+        if os.path.exists(path) and not args.resume:
+            raise InputError(f"{path}: exists; --resume goes on with a run; or give another --out")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: give a number from 0")
-    if args.weights:
-        check_outputs([f"{args.out}/best.npz"], [args.weights], overwrite=True)
     vocabulary, corpus = Vocabulary(args.vocab), Corpus(args.data)
     heldout = Corpus(args.heldout) if args.heldout else None
     options = read_options(args.options) if args.options else SIZES[args.size or "original"]
@@ -1306,7 +1306,7 @@ def open_run(args):
                     "seed": args.seed, "amp": args.amp, "workers": workers.size,
                     "vocabulary": vocabulary.checksum, "text": corpus.checksum,
                     "held-out text": heldout and heldout.checksum,
-                    "weights": args.weights and os.path.realpath(args.weights)}
+                    "weights": args.weights}
     if args.resume:
         run.resume(last)
         print(f"{last}: resuming after step {run.step:,} of {run.n_steps:,}", flush=True)
@@ -1381,10 +1381,7 @@ class Workers:
         x = x.reshape(1, *x.shape)
         return x if self.size == 1 else self.all_gather(x)
 
-    def sum(self, numbers):
-        """The sums of float64 numbers, [n], over the workers; exchanged as bits, since not all
-        devices exchange float64."""
-        return self.gather(Tensor(numbers.view(np.int32))).asnumpy().view(np.float64).sum(0)
+
 
     def mean(self, tensors):
         """Each tensor's mean over the workers, all in one collective."""
@@ -1413,14 +1410,15 @@ def parse_arguments(argv):
         help="folder of a run: train writes it; for the others it stands for --options "
              "DIR/options.json --weights DIR/best.npz --vocab DIR/vocab (default: %(default)s)")
     add("--vocab", "--vocab_path", help="the vocabulary (train: ./vocab)")
-    add("--options", "--options_path", help="options in bilm-tf's JSON format")
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--options", "--options_path", help="options in bilm-tf's JSON format")
     add("--weights", help="weights in bilm-tf's format, .hdf5, or a run's best.npz."
         " train: start from them; test, embed: with --options; export: the file to write")
     add("--data", "--data_url", help="text that data.py converted (default: "
         "train.mindrecord; test: heldout.mindrecord)")
     add("--heldout", help="train: text to test on after each epoch (default: "
         "heldout.mindrecord, if there is one)")
-    add("--size", choices=SIZES, help="train: of the model (default: original)")
+    one_of("--size", choices=SIZES, help="train: of the model (default: original)")
     add("--epochs", "--epoch_num", dest="n_epochs", type=positive,
         help="train: passes over the text (default: as in the options, 10)")
     add("--steps", type=positive, help="train: stop after N steps")
@@ -1442,8 +1440,7 @@ def parse_arguments(argv):
     add("--output", help="embed: vectors to write, one array a line: .npz or .hdf5")
     add("--overwrite", action="store_true", help="embed, export: replace files that exist")
     args = parser.parse_args(argv)
-    if args.size and args.options:
-        parser.error("--size and --options exclude each other")
+
     if args.command == "train":
         args.vocab = args.vocab or "vocab"
         if args.heldout is None and os.path.exists("heldout.mindrecord"):
@@ -1471,7 +1468,7 @@ def run_command(argv):
 
 def main(argv=None):
     """Runs the command line -> the exit status."""
-    return run_program("elmo.py", lambda: run_command(sys.argv[1:] if argv is None else argv))
+    return run_program("elmo.py", lambda: run_command(argv))
 
 
 if __name__ == "__main__":
