@@ -926,41 +926,62 @@ class Embedder:
     """The biLM's layers for any sentences: the same sentence gets the same vectors (up to rounding)
     whatever is beside it.
 
-    Each distinct word is encoded once. Sentences of similar lengths are read side by side, a few
-    time steps at once. Nothing is compiled, as shapes vary.
+    Each distinct word is encoded once. Sentences are read in streams side by side, a few time steps
+    at once; where one ends, the stream's next begins. Many sentences take 256 streams, the one
+    shape that is compiled.
     """
+    STREAMS, TIME, TOKENS = 256, 4, 1 << 15  # tokens at once, so that memory is bounded
 
     def __init__(self, bilm):
-        self.bilm = bilm
+        def read(x, begins, state):
+            state = state * (1 - begins.astype(state.dtype)).reshape(-1, 1)
+            outputs, state = bilm.contextualize(x, state)
+            return ops.stack([ops.stack(layers) for layers in outputs]), state
+
+        self.bilm, self.read, self.compiled_read = bilm, read, compiled(read)
 
     def __call__(self, sentences):
         """Sentences, each some words -> a list of float32 [layers + 1, words, 2 · projection],
         h_0 ... h_L of equation 1. ValueError for what are no sentences."""
-        text, o = [["<S>", *words, "</S>"] for words in as_lists(sentences)], self.bilm.options
-        vectors, x = [None] * len(text), self.encode(set().union(*text))
-        order = sorted(range(len(text)), key=lambda k: -len(text[k]))  # the longest first
-        while order:
-            longest = len(text[order[0]])
-            n = min(256, max(1, (1 << 15) // longest))  # so that memory is bounded
-            block, order = order[:n], order[n:]
-            lengths = np.array([len(text[k]) for k in block])
-            # x_k and the layers' outputs, each direction in its reading order, 0 behind its end.
-            h = np.zeros((2, o.n_layers + 1, longest, len(block), o.projection), np.float32)
-            for column, k in enumerate(block):
-                rows = [x[word] for word in text[k]]
-                h[:, 0, :len(rows), column] = rows, rows[::-1]
-            state = zero_state(o, len(block))
-            for t in range(0, longest, 8):
-                n = int((lengths > t).sum())  # sentences; those behind them have ended
-                outputs, state = self.bilm.contextualize(Tensor(h[:, 0, t:t + 8, :n]),
-                                                         state[:, :, :n])
-                for h_d, layers in zip(h, outputs):
-                    h_d[1:, t:t + 8, :n] = [layer.asnumpy() for layer in layers]
-            for column, k in enumerate(block):
-                end = lengths[column] - 1  # where </S> stands
-                forward, backward = h[0, :, 1:end, column], h[1, :, end - 1:0:-1, column]
-                vectors[k] = np.concatenate((forward, backward), -1)
-        return vectors
+        return list(self.each(as_lists(sentences)))
+
+    def each(self, sentences):
+        """Yields the vectors of each of any number of sentences, lists of words."""
+        block, n_tokens = [], 0
+        for words in sentences:
+            block.append(["<S>", *words, "</S>"])
+            n_tokens += len(block[-1])
+            if n_tokens >= self.TOKENS:
+                yield from self.embed_block(block)
+                block, n_tokens = [], 0
+        if block:
+            yield from self.embed_block(block)
+
+    def embed_block(self, text):
+        o, x, lengths = self.bilm.options, self.encode(set().union(*text)), [*map(len, text)]
+        n = -(-sum(lengths) // max(lengths))  # streams, about as long as the longest sentence
+        n, read = (n, self.read) if n <= self.STREAMS / 2 else (self.STREAMS, self.compiled_read)
+        # The longest sentences first, each in the stream that is free first, from time step t on.
+        free, places = np.zeros(n, int), {}
+        for k in sorted(range(len(text)), key=lambda k: -lengths[k]):
+            stream = free.argmin()
+            places[k] = stream, free[stream]
+            free[stream] += lengths[k] + -lengths[k] % self.TIME
+        # x_k and the layers' outputs, each direction in its reading order.
+        h = np.zeros((2, o.n_layers + 1, free.max(), n, o.projection), np.float32)
+        begins, state = np.zeros((free.max(), n), np.uint8), zero_state(o, n)
+        for k, (stream, t) in places.items():
+            rows = [x[word] for word in text[k]]
+            h[:, 0, t:t + len(rows), stream] = rows, rows[::-1]
+            begins[t, stream] = 1
+        for t in range(0, free.max(), self.TIME):
+            outputs, state = read(Tensor(h[:, 0, t:t + self.TIME]), Tensor(begins[t]), state)
+            h[:, 1:, t:t + self.TIME] = outputs.asnumpy()
+        for k in range(len(text)):
+            stream, t = places[k]
+            end = t + lengths[k] - 1  # where </S> stands
+            forward, backward = h[0, :, t + 1:end, stream], h[1, :, end - 1:t:-1, stream]
+            yield np.concatenate((forward, backward), -1)
 
     def encode(self, words):
         """-> {word: x_k}. Words of similar lengths together: short ones take less time."""
@@ -979,20 +1000,9 @@ def embed(args):
     options, weights, _ = model_files(args)
     os.stat(args.input)  # an error before anything is computed
     check_outputs([args.output], [args.input, options, weights], args.overwrite)
-    vectors = line_vectors(Embedder(BiLM(options, weights)), args.input)
+    lines = (line.split() for line in with_progress(open_text(args.input), "lines"))
+    vectors = Embedder(BiLM(options, weights)).each(lines)
     write_arrays(args.output, ((str(k), h) for k, h in enumerate(vectors)))
-
-
-def line_vectors(embedder, path, tokens_at_once=1 << 15):
-    """Yields the vectors of each line of a file of tokenized sentences."""
-    block, n_tokens = [], 0
-    for line in with_progress(open_text(path), "lines"):
-        block.append(line.split())
-        n_tokens += len(block[-1]) + 2
-        if n_tokens >= tokens_at_once:
-            yield from embedder(block)
-            block, n_tokens = [], 0
-    yield from embedder(block)
 
 
 # ---- 10. The file formats of bilm-tf and AllenNLP ------------------------------------------------

@@ -1309,14 +1309,18 @@ def test_the_vectors_of_each_line_equal_numpy_and_the_bilm_in_both_formats_and_a
 def test_lines_end_at_line_feeds_alone_and_come_in_their_order_from_block_to_block(folder):
     write("text.txt", "\ufeffa b\n\n \nc\u2028d \x0c e\n" + "g h i\n" * 20)
     lines, blocks = [["a", "b"], [], [], ["c", "d", "e"], *20 * [["g", "h", "i"]]], []
-    assert lines == list(elmo.line_vectors(
-        lambda block: blocks.append(block) or block, "text.txt", tokens_at_once=10))
-    assert len(blocks) > 5
+    embedder = elmo.Embedder(None)
+    embedder.TOKENS, embedder.embed_block = 10, lambda block: blocks.append(block) or block
+    found = embedder.each(line.split() for line in data.open_text("text.txt"))
+    assert list(found) == [["<S>", *line, "</S>"] for line in lines] and len(blocks) > 5
 
 
-def test_blocks_of_sentences_and_words_of_any_number_and_length_equal_numpy():
-    o = tiny_options(n_layers=1, dim=1 << 15)  # so wide that a block has some 384 tokens
-    bilm, rng = randomize(elmo.BiLM(o), scale=0.02), np.random.default_rng(0)
+@pytest.mark.parametrize("streams", [256, 4])  # not compiled, compiled
+def test_blocks_of_sentences_and_words_of_any_number_and_length_equal_numpy(monkeypatch, streams):
+    monkeypatch.setattr(elmo.Embedder, "TOKENS", 400)
+    monkeypatch.setattr(elmo.Embedder, "STREAMS", streams)
+    o = tiny_options(n_layers=1)
+    bilm, rng = randomize(elmo.BiLM(o)), np.random.default_rng(0)
     words = [f"w{k}" * (1 + k % 20) for k in range(300)]
     ends = [0, 0, 1, 4, 40, 100, 160, 220, 300]
     lines = [words[begin:end] for begin, end in zip(ends, ends[1:])]
