@@ -119,8 +119,8 @@ class CharEncoder(nn.Cell):
             W_cnn.append(parameter(f"CNN/W_cnn_{k}", initial_filters(1, width, o.char_dim, n)))
             b_cnn.append(parameter(f"CNN/b_cnn_{k}", np.zeros(n)))
         for k in range(o.n_highway):
-            # y = g · relu(x · W_t + b_t) + (1 - g) · x, g = sigmoid(x · W_c + b_c); "carry" is
-            # bilm-tf's name for W_c and b_c. -2: g is small at first, and y is nearly x.
+            # "carry" is bilm-tf's name for W_c and b_c of the gate g (see `construct`). -2: g is
+            # small at first, and y nearly x.
             for name, bias in (("carry", -2.0), ("transform", 0.0)):
                 W = parameter(f"CNN_high_{k}/W_{name}", normal(n_filters, n_filters))
                 highway += [W, parameter(f"CNN_high_{k}/b_{name}", np.full(n_filters, bias))]
@@ -361,6 +361,11 @@ def zero_state(options, batch):
     """The state of LSTMs that have read nothing: h beside c, of each direction and layer."""
     size = options.projection + options.dim
     return ops.zeros((2, options.n_layers, batch, size), ms.float32)
+
+
+def reset(state, begins):
+    """The state of streams, 0 of those that begin anew: where begins, [batch], is 1 or True."""
+    return state * (1 - begins.astype(state.dtype)).reshape(-1, 1)
 
 
 def drop(x, mask, rate):
@@ -644,7 +649,7 @@ def make_step(run, tiers):
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
         # `Elmo` and `embed` read each sentence from a zero state, which bilm-tf's LSTMs meet once.
         # So that ours know it, streams whose chunk begins with a sentence begin from it.
-        state = state * (1 - reset_state.astype(state.dtype)).reshape(-1, 1)
+        state = reset(state, reset_state)
         outputs, state = bilm.contextualize(x, state, masks if o.dropout else None)
         loss = 0.0
         for d in (0, 1):  # "jointly maximizes the log likelihood of the forward and backward" (3.1)
@@ -934,8 +939,7 @@ class Embedder:
 
     def __init__(self, bilm):
         def read(x, begins, state):
-            state = state * (1 - begins.astype(state.dtype)).reshape(-1, 1)
-            outputs, state = bilm.contextualize(x, state)
+            outputs, state = bilm.contextualize(x, reset(state, begins))
             return ops.stack([ops.stack(layers) for layers in outputs]), state
 
         self.bilm, self.read, self.compiled_read = bilm, read, compiled(read)
@@ -1247,8 +1251,6 @@ class Run:
         is_best, self.best = scores.average < self.best, min(self.best, scores.average)
         return is_best
 
-
-
     def parameters(self):
         return [*self.bilm.get_parameters(), *self.accumulators, *self.tables]
 
@@ -1294,7 +1296,8 @@ def open_run(args):
         raise InputError(f"{last}: no such file; leave out --resume to begin a run")
     for path in (last, best):
         if os.path.exists(path) and not args.resume:
-            raise InputError(f"{path}: exists; --resume goes on with a run; or give another --out")
+            raise InputError(f"{path}: exists; --resume goes on with a run that has a last.npz; "
+                             "else give another --out")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: give a number from 0")
     vocabulary, corpus = Vocabulary(args.vocab), Corpus(args.data)
