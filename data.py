@@ -254,7 +254,7 @@ W = (r"[^\s!-/:-@\[-^`{-~\u00a1-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00
      r"\uff5b-\uff65]")
 CLITIC = rf"(?i:s|m|d|ll|re|ve)(?!{W})"
 TOKEN = re.compile("|".join((
-    rf"(?:[a-zA-Z]{{2,16}}://|www\.)[^\s<>\"]*[\w/]",                 # http://x.org/a?b=c
+    r"(?:[a-zA-Z]{2,16}://|www\.)[^\s<>\"]*[\w/]",                    # http://x.org/a?b=c
     rf"{W}[\w.+-]{{0,63}}@[\w-]+(?:\.[\w-]+)+",                      # name@example.org
     rf"(?:[^\W\d_]\.){{2,}}(?!-?{W})",                               # U.S. e.g. a.m.
     rf"(?:Mrs?|Ms|Dr|Prof|St|Gen|Gov|Sen|Rep|Lt|Col|Capt|Sgt|Rev|Hon|[JS]r|Inc|Corp|Co|Ltd|Bros|vs"

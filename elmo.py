@@ -22,11 +22,11 @@ ParameterList whose parameters keep their names, here bilm-tf's; ms.jit compiles
 static graph; a cell's bprop, where there is one, is its own backward pass; ops.gather(p, i, 0) is
 p[i], and ops.scatter_add(p, i, d) is p.index_add_(0, i, d).
 
-Part 8 has small functions that do what their names say, where MindSpore's own would not do or be
-slow. They are matmul(x, y); bias_add(x, b), x + b; log; tanh; log_sum_exp(y, W, b), which is
-log Σ_k exp(y · W_k + b_k); random_masks; parameter(name, initial values); compiled, a wrapper of
-ms.jit; make_matmul(amp), a matmul in the type amp (None: float32); and in_pieces(tiers, n_words),
-which lists tiers, (number of words, limit), and then (128, 50), ... for the words beyond them.
+Part 8 has small functions that do what their names say, where MindSpore's own are slow or not quite
+right. They are matmul(x, y); bias_add(x, b), x + b; log; tanh; log_sum_exp(y, W, b), which is
+log Σ_k exp(y · W_k + b_k); random_masks(seed, shape, rate), of dropout; parameter(name, initial
+values); compiled, a wrapper of ms.jit; make_matmul(amp), a matmul in the type amp (None: float32);
+and in_pieces, for which see `CharEncoder.construct`.
 data.py reads the text.
 """
 import argparse
@@ -100,7 +100,7 @@ class CharEncoder(nn.Cell):
         self.widest, n_filters = max(widths), sum(counts)
         # [positions, filters], added to the scores of `features`: -1e4 where a filter would reach
         # beyond the 50 characters, so that its maximum is never there.
-        last = MAX_CHARS - np.repeat(widths, counts)
+        last = MAX_CHARS - np.repeat(widths, counts)  # [filters]: where each fits for the last time
         self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] > last, -1e4, 0), ms.float32)
 
         def normal(*shape):  # inputs .., outputs
@@ -119,8 +119,8 @@ class CharEncoder(nn.Cell):
             W_cnn.append(parameter(f"CNN/W_cnn_{k}", initial_filters(1, width, o.char_dim, n)))
             b_cnn.append(parameter(f"CNN/b_cnn_{k}", np.zeros(n)))
         for k in range(o.n_highway):
-            # "carry" is bilm-tf's name for W_c and b_c of the gate g (see `construct`). -2: g is
-            # small at first, and y nearly x.
+            # y = g · new + (1 - g) · x, see `construct`: bilm-tf calls the weights of g "carry",
+            # though g is the share of what is new. -2: g is small at first, and y nearly x.
             for name, bias in (("carry", -2.0), ("transform", 0.0)):
                 W = parameter(f"CNN_high_{k}/W_{name}", normal(n_filters, n_filters))
                 highway += [W, parameter(f"CNN_high_{k}/b_{name}", np.full(n_filters, bias))]
@@ -137,7 +137,8 @@ class CharEncoder(nn.Cell):
         260 for a word's begin and end; 261 is padding, and embedded like any other; 0 is no word,
         and embedded as zeros. tiers, to save time: ((800, 10), (100, 50)) says that the first 800
         words have at most 10 characters, begin and end marks included, and the next 100 at most 50.
-        Words behind them may be of any length; they are read 128 at a time, to save memory.
+        Words after these (without tiers: all) may be of any length; they are read 128 at a time, to
+        save memory.
         """
         zeros = ops.zeros((1, self.char_dim), ms.float32)
         embedding = ops.concat((zeros, self.char_embed))  # [262, char_dim]
@@ -161,9 +162,9 @@ class CharEncoder(nn.Cell):
         score[p] = [e[p], ..., e[p + width - 1]] · W, for p = 0 ... 50 - width;
         feature = activation(max_p score[p] + b)
 
-        limit: the words' characters at most, marks included. From p = limit on every filter sees
-        padding alone, and scores the same at each p: p = limit stands for all of them (or is
-        beyond, as they all are, where the filter is too wide).
+        limit: no word here has more characters, marks included. From p = limit on filters see
+        padding alone, with the same score at each p, so that p = limit stands for all of them.
+        (Where a filter is too wide to fit there, it fits at none of them.)
         """
         # All filters side by side are one product: zeros make each as wide as the widest.
         kernel = []
@@ -172,9 +173,10 @@ class CharEncoder(nn.Cell):
             kernel.append(ops.concat((W, zeros), 1).reshape(-1, n))
         kernel = ops.concat(kernel, 1)  # [widest · char_dim, filters]
         n_positions = min(limit + 1, MAX_CHARS)
-        # So that the widest filter has something to read at each p; it never counts (`beyond`).
+        # What filters read beyond the 50 characters; such scores never count (`beyond`).
         no_chars = ops.zeros((chars.shape[0], self.widest - 1), ms.int32)
         chars = ops.concat((chars, no_chars), 1)
+        # What filters see at each position: [words, positions, widest]
         ids = ops.stack([chars[:, k:k + n_positions] for k in range(self.widest)], 2)
         patches = ops.gather(embedding, ids, 0)  # [words, positions, widest, char_dim]
         scores = self.matmul(patches.reshape(-1, self.widest * self.char_dim), kernel)
@@ -310,7 +312,7 @@ class BiLM(nn.Cell):
         of each, these two included -> layers + 1 tensors [sentences, time, 2 · projection], forward
         beside backward; h_k,0 is x_k twice."""
         both = ops.stack((x, reverse(x, lengths))).swapaxes(1, 2)  # [2, time, sentences, ..]
-        state = zero_state(self.options, x.shape[0])
+        state = zero_state(self.options, x.shape[0])  # bilm-tf's goes on from call to call
         (forward, backward), _ = self.contextualize(both, state)
         layers = [ops.concat((x, x), -1)]
         for f, b in zip(forward, backward):
@@ -344,8 +346,7 @@ class BiLM(nn.Cell):
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(-1, time, self.options.projection)
         layers = self.layers(x, lengths)
         if not keep_sentence_boundaries:
-            # Of steps 1 ... time - 2, k is a word, and not </S>, where k + 1 is a token, too: their
-            # mask is is_token from 2 on.
+            # What is left has 2 steps less, and of each sentence, too: so has the mask.
             layers, is_token = [h[:, 1:-1] for h in layers], is_token[:, 2:]
         is_kept = is_token.expand_dims(2).astype(x.dtype)
         layers = [(h * is_kept).reshape(*outer, *h.shape[1:]) for h in layers]
@@ -364,7 +365,7 @@ def zero_state(options, batch):
 
 
 def reset(state, begins):
-    """The state of streams, 0 of those that begin anew: where begins, [batch], is 1 or True."""
+    """The state of streams, with zeros for those where begins, [batch], is 1 or True."""
     return state * (1 - begins.astype(state.dtype)).reshape(-1, 1)
 
 
@@ -419,9 +420,9 @@ def draw_negatives(rng, n, n_classes):
     drawn = np.empty(0, np.int64)
     while True:
         # P(k) is the length from log(k + 1) to log(k + 2) as a share of that from 0 to
-        # log(n_classes + 1): so often exp v, v uniform in there, rounds down to k + 1.
+        # log(n_classes + 1). So if v is uniform in there, exp v rounds down to k + 1 so often.
         v = rng.random(2 * n) * np.log(n_classes + 1)
-        k = np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1)  # it may round to n_classes
+        k = np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1)  # errors of rounding
         drawn = np.append(drawn, k)
         # Where each class is drawn for the first time: of the draws 5 0 5 3 that is 0 1 3.
         _, firsts = np.unique(drawn, return_index=True)
@@ -441,27 +442,29 @@ def log_expected_count(k, n_draws, n_classes):
     return np.log(-np.expm1(n_draws * np.log1p(-p)))  # exact for small p, too
 
 
-def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_q, negative_log_q,
+def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_q, negatives_log_q,
                     is_drawn):
-    """The cross entropy of the target among itself and the negatives, its mean over positions:
+    """The mean over positions of the cross entropy of a softmax over the target and the negatives:
 
         log(exp t + Σ_{k ≠ target} exp s_k) - t
 
     with t the target's logit less its log q, s_k a negative's logit less its own. Why less log q:
-    let C be the target and the negatives together, each class j drawn with probability q(j), as if
-    independently. By Bayes' rule
+    let p(k) be the softmax over all classes, and C the target and the negatives together, each
+    class j drawn with probability q(j), as if independently. By Bayes' rule, for k in C,
 
-        P(k is the target | C) ∝ p(k) · P(C | k is the target) ∝ p(k) · Π_{j in C, j ≠ k} q(j)
+        P(k is the target | C) ∝ p(k) · P(C | k is the target)
+                               ∝ p(k) · Π_{j in C, j ≠ k} q(j)   (1 - q(j) of others: all the same)
+                               ∝ p(k) / q(k)                     (divided by Π_{j in C} q(j))
 
-    which is ∝ p(k) / q(k). The softmax over C of logits less log q equals this when the logits are
-    log p plus a constant: the same logits that the full softmax learns.
+    The softmax over C of logits less log q equals this when the logits are log p plus a constant:
+    the same logits that the full softmax learns.
 
     y [n, projection]; rows of Θs: W_target [n, projection], b_target [n], W_negatives
     [N, projection], b_negatives [N]; log q of the classes, [n] and [N]; is_drawn float32 [n]: 1
     where the target is itself one of the negatives, else 0.
     """
     t = (y * W_target).sum(1) + b_target - target_log_q  # [n]
-    log_sum = log_sum_exp(y, W_negatives, b_negatives - negative_log_q)  # log Σ_k exp s_k, all k
+    log_sum = log_sum_exp(y, W_negatives, b_negatives - negatives_log_q)  # of all negatives
     # Where the target is one of the negatives (an "accidental hit") the sum has it already, as
     # s_k = t: then exp(t - 1e9) = 0 is added to it, elsewhere exp t. (TensorFlow removes the
     # negative instead, with the same result.)
@@ -570,7 +573,8 @@ class Batch(NamedTuple):
 
     Each distinct word of the chunk is encoded once, in a row of chars. A static graph needs fixed
     shapes: so there are rows to spare, a fixed number for short words, a fixed number for longer
-    ones, and so on (the tiers). For the few chunks that need more the step is compiled again.
+    ones, and so on (the tiers). The few chunks whose words find no room have 256 rows more (or
+    512, ...), for which the step is compiled again.
     """
     target: np.ndarray          # int32 [2, n], the class to predict
     negatives: np.ndarray       # int32 [2, N]
@@ -579,7 +583,7 @@ class Batch(NamedTuple):
     reset_state: np.ndarray     # bool [batch], where the LSTMs begin from zero
     masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], see `drop`
     target_log_q: np.ndarray    # float32 [2, n]
-    negative_log_q: np.ndarray  # float32 [2, N]
+    negatives_log_q: np.ndarray  # float32 [2, N]
     is_drawn: np.ndarray        # float32 [2, n], see `sampled_softmax`
 
 
@@ -594,16 +598,16 @@ def make_batch(chunk, step, tiers, n_classes, o, seed, rank=0):
         negatives = np.stack([classes for classes, _ in samples])  # [2, N]
         n_draws = np.array([[n] for _, n in samples])  # [2, 1]
         target_log_q = log_expected_count(target, n_draws, n_classes)
-        negative_log_q = log_expected_count(negatives, n_draws, n_classes)
+        negatives_log_q = log_expected_count(negatives, n_draws, n_classes)
     else:  # the full softmax (few classes) is the sampled one with all of them drawn: log q = 0
         negatives = np.tile(np.arange(n_classes), (2, 1))
-        target_log_q, negative_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
+        target_log_q, negatives_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
     is_drawn = [np.isin(target[d], negatives[d]) for d in (0, 1)]
     chars, word_index = fill_tiers(tiers, chunk.words, chunk.word_index)
     mask_shape = (o.n_layers + 1, *word_index.shape, o.projection) if o.dropout else (0,)
     masks = random_masks([seed, step, 2, rank], mask_shape, o.dropout)
     return Batch(target, negatives.astype(np.int32), chars, word_index, chunk.reset_state, masks,
-                 *(np.asarray(x, np.float32) for x in (target_log_q, negative_log_q, is_drawn)))
+                 *(np.asarray(x, np.float32) for x in (target_log_q, negatives_log_q, is_drawn)))
 
 
 def training_batches(run, corpus, tiers):
@@ -626,11 +630,12 @@ def training_batches(run, corpus, tiers):
 # graph how they change, and adds this to the tables. (A graph that both reads and changes a table
 # would copy it.)
 #
-# The order of the rows: negatives forward, negatives backward; then of worker 0, of worker 1, ...
-# targets forward, targets backward. (So the gradients of all workers have the same rows; those of
-# another worker's targets are 0.) A class that is named several times has as many rows, so that
-# their number is the same in every step. place[r] is one row of r's class, for all of them the same
-# one: of the classes 70 50 70 it is 2 1 2. The row at `place` gets all the change of its class.
+# The order of the rows: negatives forward, negatives backward, worker 0's targets forward, worker
+# 0's targets backward, worker 1's targets forward, ... (So the gradients of all workers have the
+# same rows; in rows of another worker's targets they are 0.) A class that is named several times
+# has several rows, so that the number of rows is the same in every step; but only one of them gets
+# the change of the class: place[r] says which, for each row r of it. Where rows 0, 1, 2 are of the
+# classes 70, 50, 70, place is 2, 1, 2 (0, 1, 0 would do as well).
 
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` and returns its loss and the
@@ -638,32 +643,31 @@ def make_step(run, tiers):
     their sums (`accumulators`), and the `tables` W and b of its softmax, and their sums."""
     o, bilm, workers = run.options, run.bilm, run.workers
     weights = ms.ParameterTuple(bilm.trainable_params())
-    # Where `step` notes, of each class of a batch, one of its rows.
     row_of_class = Parameter(Tensor(np.zeros(len(run.vocabulary), np.int32)), requires_grad=False)
 
     def loss_of(rows_W, rows_b, state, chars, word_index, reset_state, masks, target_log_q,
-                negative_log_q, is_drawn):
-        # Of negatives forward, negatives backward, worker 0's targets forward, ... (see above).
-        sizes = [negative_log_q.shape[1]] * 2 + [target_log_q.shape[1]] * (2 * workers.size)
-        W, b = ops.split(rows_W, sizes), ops.split(rows_b, sizes)
+                negatives_log_q, is_drawn):
+        sizes = [negatives_log_q.shape[1]] * 2 + [target_log_q.shape[1]] * (2 * workers.size)
+        W, b = ops.split(rows_W, sizes), ops.split(rows_b, sizes)  # in the order above
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # `Elmo` and `embed` read each sentence from a zero state, which bilm-tf's LSTMs meet once.
-        # So that ours know it, streams whose chunk begins with a sentence begin from it.
+        # `Elmo` and `embed` read each sentence from a zero state. To learn that, a stream is read
+        # from it where the first word of its chunk is <S> (bilm-tf: only when training begins).
         state = reset(state, reset_state)
         outputs, state = bilm.contextualize(x, state, masks if o.dropout else None)
         loss = 0.0
-        for d in (0, 1):  # "jointly maximizes the log likelihood of the forward and backward" (3.1)
+        for d in (0, 1):  # "jointly maximizes the log likelihood of the forward and backward ..."
             y = outputs[d][-1].reshape(-1, o.projection)  # [n, projection]
             own = 2 + 2 * workers.rank + d
             loss += sampled_softmax(y, W[own], b[own], W[d], b[d], target_log_q[d],
-                                    negative_log_q[d], is_drawn[d]) / 2
+                                    negatives_log_q[d], is_drawn[d]) / 2
         return o.unroll_steps * loss, state  # the gradient is of the sum over time steps (bilm-tf)
 
+    # By inputs 0 and 1, rows_W and rows_b, and by the weights; has_aux: the state passes through.
     gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
 
     @compiled
-    def update(rows_W, rows_b, sums_W, sums_b, place, state, *batch):
-        (loss, state), ((dW, db), grads) = gradient(rows_W, rows_b, state, *batch)
+    def update(rows_W, rows_b, sums_W, sums_b, place, state, *rest):
+        (loss, state), ((dW, db), grads) = gradient(rows_W, rows_b, state, *rest)
         loss, dW, db, *grads = workers.mean((loss, dW, db, *grads))
         # Adagrad must square the sum of the gradients of a class's rows (as in bilm-tf): the row at
         # `place` gets it, as by zeros.index_add_(0, place, g); the others get 0 and change nothing.
@@ -683,6 +687,7 @@ def make_step(run, tiers):
         target, negatives, *rest = map(Tensor, batch)  # rest: chars ... is_drawn, as in `loss_of`
         targets = workers.gather(target)  # [workers, 2, n], so that all workers name the same rows
         classes = ops.concat((negatives.reshape(-1), targets.reshape(-1)))
+        # row_of_class[classes] = 0, 1, 2, ...; of several rows of a class any may stay.
         ops.scatter_update(row_of_class, classes, ops.arange(len(classes)).astype(ms.int32))
         place = ops.gather(row_of_class, classes, 0)
         rows = [ops.gather(table, classes, 0) for table in run.tables]  # of W, b, their sums
@@ -698,7 +703,7 @@ def train(args):
     """Trains a biLM or, with --weights, trains one further: "fine tuning the biLM on domain
     specific data" (3.4)."""
     run, corpus, heldout = open_run(args)  # part 11
-    # The first chunks tell how many rows of each length the words of a chunk need.
+    # Its first 20 chunks tell how many rows of each length the words of a chunk need.
     tiers = measure_tiers(read_chunks(corpus, run.vocabulary, run.options, run.seed))
     step = make_step(run, tiers)
     if heldout:
@@ -717,13 +722,13 @@ def train(args):
             run.log_losses(losses)  # which waits for the device
             losses = []
         if epoch_is_over and heldout:
-            is_best = run.log_heldout(perplexity())
+            is_best = run.log_heldout(perplexity())  # whether it is the best so far
         else:
-            is_best = epoch_is_over  # without held-out text the latest epoch counts as the best
+            is_best = epoch_is_over  # there is no held-out text: the latest epoch is the best
         if log_is_due and run.workers.rank == 0:
             write_lines(f"{args.out}/log.csv", run.log)
         if save_is_due:
-            run.save(args.out, is_best)
+            run.save(args.out, is_best)  # worker 0 writes the states of all
         if log_is_due or run.step == first_step:
             run.start_clock()  # again: compiling, testing and saving do not count
 
@@ -745,10 +750,10 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     dropout, under the full softmax, since exp of the sampled loss is no perplexity. Several workers
     share the corpus.
 
-    As in bilm-tf, so that figures compare, and unlike in training here, only the first sentence of
-    each of the batch_size streams is read from a zero state. A zero state knows nothing of the text
-    before, so that fewer streams give a slightly lower perplexity (README, "What differs"). bilm-tf
-    leaves out its last batch, and prints the average only.
+    As in bilm-tf, so that figures compare, and unlike in training here, the state goes on from
+    sentence to sentence, and is zero only where a stream begins. A zero state knows nothing of the
+    text before, so that the perplexity is slightly lower in fewer streams (of all workers; README,
+    "What differs"). bilm-tf leaves out its last batch, and prints the average only.
     """
     o = bilm.options
     tiers = measure_tiers(read_chunks(corpus, vocabulary, o))  # without a seed: once, in order
@@ -764,6 +769,7 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
         return chunk, *fill_tiers(tiers, chunk.words, chunk.word_index)
 
     def perplexity():
+        # forward loss, backward loss, number of predictions
         totals, state = np.zeros(3), zero_state(o, o.batch_size)
         chunks = read_chunks(corpus, vocabulary, o, rank=workers.rank, size=workers.size)
         n_predictions = corpus.tokens + corpus.sentences  # a sentence of n words has n + 1
@@ -931,11 +937,11 @@ class Embedder:
     """The biLM's layers for any sentences: the same sentence gets the same vectors (up to rounding)
     whatever is beside it.
 
-    Each distinct word is encoded once. Sentences are read in streams side by side, a few time steps
-    at once; where one ends, the stream's next begins. Many sentences take 256 streams, the one
-    shape that is compiled.
+    Each distinct word is encoded once. Sentences are read in streams side by side; where one ends,
+    the stream's next begins.
     """
-    STREAMS, TIME, TOKENS = 256, 4, 1 << 15  # tokens at once, so that memory is bounded
+    STREAMS, TOKENS = 256, 1 << 15  # at once, at most; so that memory is bounded
+    STEPS = 64  # in time; more of them are worth compiling
 
     def __init__(self, bilm):
         def read(x, begins, state):
@@ -962,28 +968,29 @@ class Embedder:
             yield from self.embed_block(block)
 
     def embed_block(self, text):
-        o, x, lengths = self.bilm.options, self.encode(set().union(*text)), [*map(len, text)]
-        n = -(-sum(lengths) // max(lengths))  # streams, about as long as the longest sentence
-        n, read = (n, self.read) if n <= self.STREAMS / 2 else (self.STREAMS, self.compiled_read)
+        o, lengths = self.bilm.options, np.array([*map(len, text)])
+        x = self.encode(set().union(*text))  # {word: x_k}
+        # Streams about as long as the longest sentence; a power of 2, as each number is compiled.
+        n = min(self.STREAMS, 1 << int(lengths.sum() // lengths.max()).bit_length() - 1)
         # The longest sentences first, each in the stream that is free first, from time step t on.
-        free, places = np.zeros(n, int), {}
-        for k in sorted(range(len(text)), key=lambda k: -lengths[k]):
+        free, places = np.zeros(n, int), np.zeros((len(text), 2), int)
+        for k in np.argsort(-lengths):
             stream = free.argmin()
             places[k] = stream, free[stream]
-            free[stream] += lengths[k] + -lengths[k] % self.TIME
+            free[stream] += lengths[k]
         # x_k and the layers' outputs, each direction in its reading order.
         h = np.zeros((2, o.n_layers + 1, free.max(), n, o.projection), np.float32)
         begins, state = np.zeros((free.max(), n), np.uint8), zero_state(o, n)
-        for k, (stream, t) in places.items():
-            rows = [x[word] for word in text[k]]
+        for words, (stream, t) in zip(text, places):
+            rows = [x[word] for word in words]
             h[:, 0, t:t + len(rows), stream] = rows, rows[::-1]
             begins[t, stream] = 1
-        for t in range(0, free.max(), self.TIME):
-            outputs, state = read(Tensor(h[:, 0, t:t + self.TIME]), Tensor(begins[t]), state)
-            h[:, 1:, t:t + self.TIME] = outputs.asnumpy()
-        for k in range(len(text)):
-            stream, t = places[k]
-            end = t + lengths[k] - 1  # where </S> stands
+        read = self.compiled_read if len(begins) > self.STEPS else self.read
+        for t in range(len(begins)):
+            outputs, state = read(Tensor(h[:, 0, t:t + 1]), Tensor(begins[t]), state)
+            h[:, 1:, t:t + 1] = outputs.asnumpy()
+        for length, (stream, t) in zip(lengths, places):
+            end = t + length - 1  # where </S> stands
             forward, backward = h[0, :, t + 1:end, stream], h[1, :, end - 1:t:-1, stream]
             yield np.concatenate((forward, backward), -1)
 
@@ -1395,7 +1402,6 @@ class Workers:
         return x if self.size == 1 else self.all_gather(x)
 
 
-
     def mean(self, tensors):
         """Each tensor's mean over the workers, all in one collective."""
         if self.size == 1:
@@ -1469,8 +1475,8 @@ def run_command(argv):
     try:
         ms.set_device(args.device)
     except RuntimeError:
-        raise InputError(f"--device {args.device}: there is none on this machine; use --device CPU"
-                         ) from None
+        raise InputError(f"--device {args.device}: MindSpore finds none (CANN's set_env.sh must be "
+                         "sourced); on other machines use --device CPU") from None
     if args.device == "CPU":
         ms.runtime.launch_blocking()  # what is not compiled takes a tenth of the time
     else:  # float32 products in float32: the first 910 would silently compute in float16

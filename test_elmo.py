@@ -899,7 +899,7 @@ def test_each_direction_subtracts_the_expected_counts_of_its_own_draws(monkeypat
     (batch, _), = batches_of(corpus_of(some_sentences()), options(), 1)
     k = np.hstack((batch.negatives, batch.target))
     p = np.log((k + 2) / (k + 1)) / math.log(13)  # of 12 words
-    close(np.hstack((batch.negative_log_q, batch.target_log_q)),
+    close(np.hstack((batch.negatives_log_q, batch.target_log_q)),
           np.log(1 - (1 - p) ** [[7], [29]]))
 
 
@@ -914,7 +914,7 @@ def test_a_batch_holds_targets_negatives_and_which_targets_were_drawn(sample, n_
         for target, negatives, is_drawn in zip(batch.target, batch.negatives, batch.is_drawn):
             assert len(set(negatives)) == len(negatives) == n_negatives
             assert is_drawn.tolist() == [t in negatives for t in target]
-        assert sample or not batch.negative_log_q.any() and not batch.target_log_q.any()
+        assert sample or not batch.negatives_log_q.any() and not batch.target_log_q.any()
     drawn = {negatives.tobytes() for batch, _ in batches for negatives in batch.negatives}
     assert len(drawn) == (20 if sample else 1)  # the same for both workers
     shapes = {tuple((x.shape, x.dtype.str) for x in batch) for batch, _ in batches}
@@ -972,7 +972,7 @@ def test_training_equals_numpy_with_dense_adagrad_in_every_weight_after_every_st
             for d, target in enumerate(chunk.target.reshape(2, -1)):
                 log_q, drawn = np.zeros((2, len(VOCABULARY)))
                 log_q[target] = batch.target_log_q[d]
-                log_q[batch.negatives[d]] = batch.negative_log_q[d]
+                log_q[batch.negatives[d]] = batch.negatives_log_q[d]
                 drawn[batch.negatives[d]] = 1
                 outputs, state_after = numpy_direction(
                     x[chunk.word_index[d]], w, d, o, state[d], batch.masks[:, d] / 0.7)
@@ -1315,10 +1315,12 @@ def test_lines_end_at_line_feeds_alone_and_come_in_their_order_from_block_to_blo
     assert list(found) == [["<S>", *line, "</S>"] for line in lines] and len(blocks) > 5
 
 
-@pytest.mark.parametrize("streams", [256, 4])  # not compiled, compiled
-def test_blocks_of_sentences_and_words_of_any_number_and_length_equal_numpy(monkeypatch, streams):
+@pytest.mark.parametrize("streams, steps", [(256, 999), (4, 64)])  # not compiled, compiled
+def test_blocks_of_sentences_and_words_of_any_number_and_length_equal_numpy(
+        monkeypatch, streams, steps):
     monkeypatch.setattr(elmo.Embedder, "TOKENS", 400)
     monkeypatch.setattr(elmo.Embedder, "STREAMS", streams)
+    monkeypatch.setattr(elmo.Embedder, "STEPS", steps)
     o = tiny_options(n_layers=1)
     bilm, rng = randomize(elmo.BiLM(o)), np.random.default_rng(0)
     words = [f"w{k}" * (1 + k % 20) for k in range(300)]
