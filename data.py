@@ -433,7 +433,8 @@ class Writer:
             self.file.write_raw_data(self.waiting)
             self.waiting = []
         self.waiting.append({"text": text})
-        self.sentences, self.tokens = self.sentences + 1, self.tokens + n_tokens
+        self.sentences += 1
+        self.tokens += n_tokens
 
     def finish(self):
         if not self.waiting:
@@ -441,11 +442,10 @@ class Writer:
             raise InputError(f"{name}: no sentence for it; give more text")
         self.file.write_raw_data(self.waiting)
         self.file.commit()
+        totals = np.array([self.sentences, self.tokens], np.int64).tobytes()
+        crc = zlib.crc32(totals, checksum(self.path))
         with open(self.path, "ab") as file:
-            file.write(np.array([self.sentences, self.tokens], np.int64).tobytes())
-        crc = checksum(self.path)
-        with open(self.path, "ab") as file:
-            file.write(crc.to_bytes(4, "little"))
+            file.write(totals + crc.to_bytes(4, "little"))
 
 
 class Corpus:

@@ -22,11 +22,15 @@ ParameterList whose parameters keep their names, here bilm-tf's; ms.jit compiles
 static graph; a cell's bprop, where there is one, is its own backward pass; ops.gather(p, i, 0) is
 p[i], and ops.scatter_add(p, i, d) is p.index_add_(0, i, d).
 
-Part 8 has small functions that do what their names say, where MindSpore's own are slow or not quite
-right. They are matmul(x, y); bias_add(x, b), x + b; log; tanh; log_sum_exp(y, W, b), which is
-log Σ_k exp(y · W_k + b_k); random_masks(seed, shape, rate), of dropout; parameter(name, initial
-values); compiled, a wrapper of ms.jit; make_matmul(amp), a matmul in the type amp (None: float32);
-and in_pieces, for which see `CharEncoder.construct`.
+Part 8 has small functions, where MindSpore's own are slow or not quite right:
+
+    matmul(x, y), bias_add(x, b), log(x), tanh(x)     bias_add is x + b
+    log_sum_exp(y, W, b)                              log Σ_k exp(y · W_k + b_k)
+    make_matmul(amp)                                  -> matmul in the type amp (None: float32)
+    random_masks(seed, shape, rate)                   of dropout
+    parameter(name, initial values), compiled(f)      a Parameter, and ms.jit
+    in_pieces(tiers, n_words)                         tiers, and (128, 50), ... for words beyond
+
 data.py reads the text.
 """
 import argparse
@@ -98,12 +102,12 @@ class CharEncoder(nn.Cell):
         self.matmul, self.char_dim, self.filters = make_matmul(amp), o.char_dim, o.filters
         widths, counts = zip(*o.filters)
         self.widest, n_filters = max(widths), sum(counts)
-        # [positions, filters], added to the scores of `features`: -1e4 where a filter would reach
-        # beyond the 50 characters, so that its maximum is never there.
+        # [positions, filters]: -1e4 where a filter would reach beyond the 50 characters. `features`
+        # adds it to the scores, so that their maximum over positions is never there.
         last = MAX_CHARS - np.repeat(widths, counts)  # [filters]: where each fits for the last time
         self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] > last, -1e4, 0), ms.float32)
 
-        def normal(*shape):  # inputs .., outputs
+        def normal(*shape):  # [inputs .., outputs], of variance 1 / inputs
             return rng.normal(0, math.sqrt(1 / math.prod(shape[:-1])), shape)
 
         if o.activation == "relu":
@@ -111,7 +115,7 @@ class CharEncoder(nn.Cell):
             initial_filters = lambda *shape: rng.uniform(-0.05, 0.05, shape)
         else:
             self.activation, initial_filters = tanh, normal
-        # Of ids 1 to 261; 0, no word, has no row.
+        # Of ids 1 to 261 (see `construct`); 0, no word, has no row.
         self.char_embed = parameter("char_embed", rng.uniform(-1, 1, (261, o.char_dim)))
         W_cnn, b_cnn, highway = [], [], []
         for k, (width, n) in enumerate(o.filters):
@@ -143,7 +147,7 @@ class CharEncoder(nn.Cell):
         zeros = ops.zeros((1, self.char_dim), ms.float32)
         embedding = ops.concat((zeros, self.char_embed))  # [262, char_dim]
         features, first = [], 0
-        for n, limit in in_pieces(tiers, chars.shape[0]):  # the tiers, then (128, 50), ...
+        for n, limit in in_pieces(tiers, chars.shape[0]):  # tiers, then (128, 50), ...
             features.append(self.features(embedding, chars[first:first + n], limit))
             first += n
         x = ops.concat(features)  # [words, filters]
@@ -164,7 +168,7 @@ class CharEncoder(nn.Cell):
 
         limit: no word here has more characters, marks included. From p = limit on filters see
         padding alone, with the same score at each p, so that p = limit stands for all of them.
-        (Where a filter is too wide to fit there, it fits at none of them.)
+        (A filter that is too wide to fit at p = limit fits at none of them.)
         """
         # All filters side by side are one product: zeros make each as wide as the widest.
         kernel = []
@@ -338,7 +342,7 @@ class BiLM(nn.Cell):
         ids = ops.concat((begin, ids.astype(ms.int32), room_for_end), -2)
         time = ids.shape[-2]
         ids = ids.reshape(-1, time, MAX_CHARS)  # [batch, time, 50]
-        lengths = (ids > 0).any(-1).sum(1, dtype=ms.int32) + 1  # [batch]; 1 for </S>
+        lengths = (ids > 0).any(-1).sum(1, dtype=ms.int32) + 1  # [batch]: <S>, words, 1 for </S>
         position = ops.arange(time).astype(ms.int32)
         is_token = position < lengths.reshape(-1, 1)  # [batch, time]
         is_last = position == lengths.reshape(-1, 1) - 1
@@ -346,7 +350,7 @@ class BiLM(nn.Cell):
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(-1, time, self.options.projection)
         layers = self.layers(x, lengths)
         if not keep_sentence_boundaries:
-            # What is left has 2 steps less, and of each sentence, too: so has the mask.
+            # Step t of what is left is step t + 1 of all, and a word where t + 2 is a token, too.
             layers, is_token = [h[:, 1:-1] for h in layers], is_token[:, 2:]
         is_kept = is_token.expand_dims(2).astype(x.dtype)
         layers = [(h * is_kept).reshape(*outer, *h.shape[1:]) for h in layers]
@@ -420,7 +424,7 @@ def draw_negatives(rng, n, n_classes):
     drawn = np.empty(0, np.int64)
     while True:
         # P(k) is the length from log(k + 1) to log(k + 2) as a share of that from 0 to
-        # log(n_classes + 1). So if v is uniform in there, exp v rounds down to k + 1 so often.
+        # log(n_classes + 1): if v is uniform in there, exp v rounds down to k + 1 with P(k).
         v = rng.random(2 * n) * np.log(n_classes + 1)
         k = np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1)  # errors of rounding
         drawn = np.append(drawn, k)
@@ -453,9 +457,11 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
     class j drawn with probability q(j), as if independently. By Bayes' rule, for k in C,
 
         P(k is the target | C) ∝ p(k) · P(C | k is the target)
-                               ∝ p(k) · Π_{j in C, j ≠ k} q(j)   (1 - q(j) of others: all the same)
-                               ∝ p(k) / q(k)                     (divided by Π_{j in C} q(j))
+                               ∝ p(k) · Π_{j in C, j ≠ k} q(j)
+                               ∝ p(k) / q(k)
 
+    since k is in C anyhow, drawn or not, and what is left out is the same for each k: the factors
+    1 - q(j) of the classes outside C, and at last Π_{j in C} q(j), by which all is divided.
     The softmax over C of logits less log q equals this when the logits are log p plus a constant:
     the same logits that the full softmax learns.
 
@@ -573,8 +579,8 @@ class Batch(NamedTuple):
 
     Each distinct word of the chunk is encoded once, in a row of chars. A static graph needs fixed
     shapes: so there are rows to spare, a fixed number for short words, a fixed number for longer
-    ones, and so on (the tiers). The few chunks whose words find no room have 256 rows more (or
-    512, ...), for which the step is compiled again.
+    ones, and so on (the tiers). The few chunks whose words find no room have 256 rows more
+    behind these (or 512, ...), for which the step is compiled again.
     """
     target: np.ndarray          # int32 [2, n], the class to predict
     negatives: np.ndarray       # int32 [2, N]
@@ -599,7 +605,7 @@ def make_batch(chunk, step, tiers, n_classes, o, seed, rank=0):
         n_draws = np.array([[n] for _, n in samples])  # [2, 1]
         target_log_q = log_expected_count(target, n_draws, n_classes)
         negatives_log_q = log_expected_count(negatives, n_draws, n_classes)
-    else:  # the full softmax (few classes) is the sampled one with all of them drawn: log q = 0
+    else:  # the full softmax is the sampled one with all classes drawn: log q = 0, is_drawn = 1
         negatives = np.tile(np.arange(n_classes), (2, 1))
         target_log_q, negatives_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
     is_drawn = [np.isin(target[d], negatives[d]) for d in (0, 1)]
@@ -633,9 +639,9 @@ def training_batches(run, corpus, tiers):
 # The order of the rows: negatives forward, negatives backward, worker 0's targets forward, worker
 # 0's targets backward, worker 1's targets forward, ... (So the gradients of all workers have the
 # same rows; in rows of another worker's targets they are 0.) A class that is named several times
-# has several rows, so that the number of rows is the same in every step; but only one of them gets
-# the change of the class: place[r] says which, for each row r of it. Where rows 0, 1, 2 are of the
-# classes 70, 50, 70, place is 2, 1, 2 (0, 1, 0 would do as well).
+# has several rows, so that the number of rows is the same in every step. One of them, no matter
+# which, gets the change of the class: place[r] is this one, for each row r of the class. Where rows
+# 0, 1, 2 are of the classes 70, 50, 70, place is 2, 1, 2 (or 0, 1, 0).
 
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` and returns its loss and the
@@ -650,8 +656,8 @@ def make_step(run, tiers):
         sizes = [negatives_log_q.shape[1]] * 2 + [target_log_q.shape[1]] * (2 * workers.size)
         W, b = ops.split(rows_W, sizes), ops.split(rows_b, sizes)  # in the order above
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # `Elmo` and `embed` read each sentence from a zero state. To learn that, a stream is read
-        # from it where the first word of its chunk is <S> (bilm-tf: only when training begins).
+        # `Elmo` and `embed` read each sentence from a zero state. To learn that, a stream's state
+        # is set to zero where its chunk begins with <S> (bilm-tf: only when training begins).
         state = reset(state, reset_state)
         outputs, state = bilm.contextualize(x, state, masks if o.dropout else None)
         loss = 0.0
@@ -669,8 +675,8 @@ def make_step(run, tiers):
     def update(rows_W, rows_b, sums_W, sums_b, place, state, *rest):
         (loss, state), ((dW, db), grads) = gradient(rows_W, rows_b, state, *rest)
         loss, dW, db, *grads = workers.mean((loss, dW, db, *grads))
-        # Adagrad must square the sum of the gradients of a class's rows (as in bilm-tf): the row at
-        # `place` gets it, as by zeros.index_add_(0, place, g); the others get 0 and change nothing.
+        # The gradients of a class's rows are summed in its row at `place`, as by
+        # zeros.index_add_(0, place, g); the others get 0. Only then Adagrad squares (bilm-tf).
         dW, db = [ops.unsorted_segment_sum(g, place, g.shape[0]) for g in (dW, db)]
         norm = ops.sqrt(sum([sum_of_squares(g) for g in (*grads, dW, db)]))
         scale = ops.minimum(o.all_clip_norm_val / norm, 1.0)  # over all parameters (bilm-tf)
@@ -703,7 +709,7 @@ def train(args):
     """Trains a biLM or, with --weights, trains one further: "fine tuning the biLM on domain
     specific data" (3.4)."""
     run, corpus, heldout = open_run(args)  # part 11
-    # Its first 20 chunks tell how many rows of each length the words of a chunk need.
+    # The text's first 20 chunks tell how many rows of each length the words of a chunk need.
     tiers = measure_tiers(read_chunks(corpus, run.vocabulary, run.options, run.seed))
     step = make_step(run, tiers)
     if heldout:
@@ -751,8 +757,8 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     share the corpus.
 
     As in bilm-tf, so that figures compare, and unlike in training here, the state goes on from
-    sentence to sentence, and is zero only where a stream begins. A zero state knows nothing of the
-    text before, so that the perplexity is slightly lower in fewer streams (of all workers; README,
+    sentence to sentence, and is zero only where a stream begins. There it knows nothing of the text
+    before: the fewer streams (batch_size · workers), the slightly lower the perplexity (README,
     "What differs"). bilm-tf leaves out its last batch, and prints the average only.
     """
     o = bilm.options
@@ -1119,7 +1125,9 @@ def open_arrays(path):
             with import_h5py(path).File(path, "r", locking=False) as file:
                 names = []
                 file.visit(names.append)
-                yield {name: file[name] for name in names if hasattr(file[name], "shape")}
+                # bilm-tf names a single layer without MultiRNNCell/Cell0.
+                yield {name.replace("/RNN/LSTMCell", "/RNN/MultiRNNCell/Cell0/LSTMCell"): file[name]
+                       for name in names if hasattr(file[name], "shape")}
     except InputError:
         raise
     except FileNotFoundError:
@@ -1136,17 +1144,14 @@ def load_weights(path, parameters):
     layers."""
     wanted = named(parameters)
     with open_arrays(path) as arrays:
-        # bilm-tf names a single layer so.
-        found = {name.replace("/RNN/LSTMCell", "/RNN/MultiRNNCell/Cell0/LSTMCell"): name
-                 for name in arrays}
-        for name in found:
+        for name in arrays:
             if re.match("CNN|RNN", name) and name not in wanted and "char_embed" in wanted:
                 raise InputError(f"{path}: holds {name}, which these options do not ask for")
         for name, p in wanted.items():
-            if name not in found:
+            if name not in arrays:
                 raise InputError(f"{path}: has no {name}, which these options ask for (without "
                                  "projections, proj and W_P, a model cannot be read at all)")
-            array = np.asarray(arrays[found[name]], np.float32)
+            array = np.asarray(arrays[name], np.float32)
             if array.shape != p.shape:
                 raise InputError(f"{path}: {name} is {list(array.shape)}, but these options ask "
                                  f"for {list(p.shape)}")
@@ -1216,8 +1221,8 @@ class Run:
         self.bilm = BiLM(options, seed=seed, amp=amp)
         self.softmax = Softmax(len(vocabulary), options.projection, seed)
         self.accumulators = ms.ParameterTuple(map(accumulator, self.bilm.trainable_params()))
-        W, b = self.softmax.W, self.softmax.b
-        self.tables = [W, b, accumulator(W), accumulator(b)]
+        tables = self.softmax.trainable_params()  # W, b
+        self.tables = [*tables, *map(accumulator, tables)]
         self.lstm_state = zero_state(options, options.batch_size)
         self.step, self.position, self.best = 0, None, math.inf
         self.log = ["step,epoch,loss,tokens_per_second,heldout_forward,heldout_backward,"
@@ -1229,7 +1234,7 @@ class Run:
         self.tokens_per_step = o.batch_size * o.unroll_steps * self.workers.size
         self.epoch_ends = [epoch * n_predictions // self.tokens_per_step
                            for epoch in range(1, o.n_epochs + 1)]
-        self.n_steps = min(self.epoch_ends[-1], n_steps or self.epoch_ends[-1])
+        self.n_steps = min(self.epoch_ends[-1], n_steps or math.inf)
 
     def start_clock(self):
         """tokens/s are counted from here."""
@@ -1239,10 +1244,10 @@ class Run:
         """A line of the log: the mean of some steps' losses, (loss, norm) each; tokens a second;
         the time left. InputError where one is not finite."""
         losses = np.array([[float(x.asnumpy()) for x in pair] for pair in losses])
-        for step, pair in enumerate(losses, self.step - len(losses) + 1):
-            if not np.isfinite(pair).all():
-                raise InputError("step {}: the loss is {}, the gradient's norm {}; what was saved "
-                                 "before is good; train with a lower --lr".format(step, *pair))
+        for step, (loss, norm) in enumerate(losses, self.step - len(losses) + 1):
+            if not math.isfinite(loss + norm):
+                raise InputError(f"step {step}: the loss is {loss}, the gradient's norm {norm}; "
+                                 "what was saved before is good; train with a lower --lr")
         loss, epoch = losses[:, 0].mean(), 1 + sum(end < self.step for end in self.epoch_ends)
         n, seconds = self.step - self.clock[0], time.perf_counter() - self.clock[1]
         speed, left = n * self.tokens_per_step / seconds, (self.n_steps - self.step) * seconds / n
@@ -1279,8 +1284,7 @@ class Run:
     def resume(self, path):
         """Takes over a last.npz. InputError where it is of another run."""
         with open_arrays(path) as arrays:
-            state = json.loads(str(arrays["run/state"]))
-            before, self.step, self.best, self.log = state
+            before, self.step, self.best, self.log = json.loads(str(arrays["run/state"]))
             for key, value in self.identity.items():
                 if before[key] != value:
                     raise InputError(f"{path}: that run has {key} {before[key]!r:.200}, not "

@@ -1592,11 +1592,12 @@ def readme_programs(files, beside, tmp_path_factory):
     programs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     in_network = programs[1].replace("FINE_TUNE = False", "FINE_TUNE = True")
     lines = [line for line in re.findall(r"`([^`\n]+)`", README)
-             if re.search("load_weights\\(|scalar_parameters|gamma, |requires_grad = ", line)
+             if re.search(r"load_weights\(|scalar_|gamma, |_grad = |entropy\(|None, 1", line)
              and "…" not in line]  # that the text tells to add
-    assert len(lines) == 5 and in_network != programs[1]
-    its_names = "from elmo import load_weights\nelmo, w0, w1, w2, g = model.elmo, 1, 2, 3, 4\n"
-    programs.append("\n".join([in_network, its_names + "mix = elmo.scalar_mixes[0]", *lines]))
+    assert len(lines) == 9 and in_network != programs[1]
+    its_names = ("from elmo import load_weights\nw0, w1, w2, g, n_tags = 1, 2, 3, 4, 5\n"
+                 "scores, tags = ops.zeros((2, 2, 5)), Tensor([[0, 1], [3, -100]], ms.int32)")
+    programs.append("\n".join([in_network, its_names, *lines]))
     return [beside(["python", write(folder / f"program{k}.py", program), "--epochs", 1], folder)
             for k, program in enumerate(programs)]
 
