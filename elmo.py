@@ -421,19 +421,20 @@ def draw_negatives(rng, n, n_classes):
     A draw is log-uniform, P(k) = log((k + 2) / (k + 1)) / log(n_classes + 1): nearly Zipf's law,
     since vocabularies begin with the most frequent words.
     """
-    drawn = np.empty(0, np.int64)
+    draws = np.empty(0, int)
     while True:
         # P(k) is the length from log(k + 1) to log(k + 2) as a share of that from 0 to
         # log(n_classes + 1): if v is uniform in there, exp v rounds down to k + 1 with P(k).
         v = rng.random(2 * n) * np.log(n_classes + 1)
-        k = np.minimum(np.exp(v).astype(np.int64) - 1, n_classes - 1)  # errors of rounding
-        drawn = np.append(drawn, k)
-        # Where each class is drawn for the first time: of the draws 5 0 5 3 that is 0 1 3.
-        _, firsts = np.unique(drawn, return_index=True)
-        firsts.sort()
+        k = np.minimum(np.exp(v).astype(int) - 1, n_classes - 1)  # errors of rounding
+        draws = np.append(draws, k)
+        # first[k]: which draw is the first of class k. It stays, as it is written last.
+        first = np.full(n_classes, len(draws))
+        first[draws[::-1]] = np.arange(len(draws))[::-1]
+        firsts = np.sort(first[first < len(draws)])  # of the draws 5 0 5 3 that is 0 1 3
         if len(firsts) >= n:
             n_draws = int(firsts[n - 1]) + 1  # the draws behind the n-th class do not count
-            return drawn[firsts[:n]], n_draws
+            return draws[firsts[:n]], n_draws
 
 
 def log_expected_count(k, n_draws, n_classes):
