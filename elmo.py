@@ -583,15 +583,15 @@ class Batch(NamedTuple):
     ones, and so on (the tiers). The few chunks whose words find no room have 256 rows more
     behind these (or 512, ...), for which the step is compiled again.
     """
-    target: np.ndarray          # int32 [2, n], the class to predict
-    negatives: np.ndarray       # int32 [2, N]
-    chars: np.ndarray           # int32 [words, 50], the distinct words; rows left over are 0
-    word_index: np.ndarray      # int32 [2, time, batch], the row of the word that is read
-    reset_state: np.ndarray     # bool [batch], where the LSTMs begin from zero
-    masks: np.ndarray           # uint8 [layers + 1, 2, time, batch, projection], see `drop`
-    target_log_q: np.ndarray    # float32 [2, n]
+    target: np.ndarray           # int32 [2, n], the class to predict
+    negatives: np.ndarray        # int32 [2, N]
+    chars: np.ndarray            # int32 [words, 50], the distinct words; rows left over are 0
+    word_index: np.ndarray       # int32 [2, time, batch], the row of the word that is read
+    reset_state: np.ndarray      # bool [batch], where the LSTMs begin from zero
+    masks: np.ndarray            # uint8 [layers + 1, 2, time, batch, projection], see `drop`
+    target_log_q: np.ndarray     # float32 [2, n]
     negatives_log_q: np.ndarray  # float32 [2, N]
-    is_drawn: np.ndarray        # float32 [2, n], see `sampled_softmax`
+    is_drawn: np.ndarray         # float32 [2, n], see `sampled_softmax`
 
 
 def make_batch(chunk, step, tiers, n_classes, o, seed, rank=0):
@@ -975,6 +975,8 @@ class Embedder:
             yield from self.embed_block(block)
 
     def embed_block(self, text):
+        """Yields the vectors of each sentence of a text, a list of lists of words, <S> and </S>
+        included, which have none."""
         o, lengths = self.bilm.options, np.array([*map(len, text)])
         x = self.encode(set().union(*text))  # {word: x_k}
         # Streams about as long as the longest sentence; a power of 2, as each number is compiled.
@@ -1405,7 +1407,6 @@ class Workers:
         """x of each worker, [size, *x.shape]."""
         x = x.reshape(1, *x.shape)
         return x if self.size == 1 else self.all_gather(x)
-
 
     def mean(self, tensors):
         """Each tensor's mean over the workers, all in one collective."""

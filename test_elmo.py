@@ -3,7 +3,7 @@
 First the paper's parts, each against plain numpy, and ELMo as a layer of a network; then published
 weights; characters, vocabulary and the stream of batches; training, step by step against numpy;
 runs and resuming; several workers, bfloat16, perplexity, embedding; text files, the graphs for
-Ascend, the command line, the README itself; last a table of malformed inputs.
+Ascend, the command line, the README itself; last tables of malformed inputs.
 """
 import concurrent.futures
 import contextlib
@@ -454,7 +454,7 @@ def test_options_are_read_and_written_in_the_published_format(tmp_path):
 @pytest.mark.parametrize("activation, n_highway, filters", [
     ("tanh", 2, ((2, 4), (7, 6), (5, 3))),  # not by width
     ("relu", 0, ((50, 2), (1, 4)))])        # as wide as a token
-def test_the_character_encoder_equals_numpy_in_tiers_of_length_and_in_pieces_of_256_words(
+def test_the_character_encoder_equals_numpy_in_tiers_of_length_and_in_pieces_of_128_words(
         activation, n_highway, filters):
     o = options(activation=activation, n_highway=n_highway, filters=filters)
     words = [*(f"w{k}" for k in range(600)), "naïve", "日本語", "x" * 47, "x" * 48, "long" * 30]
@@ -1223,6 +1223,7 @@ def test_amp_rounds_what_is_multiplied_forward_and_backward_and_nothing_else():
         assert actual.dtype == ms.float32
         close(actual, expected, 2 * eps * np.abs(expected).max())
 
+
 def test_training_in_bfloat16_follows_training_in_float32(trained, in_bfloat16):
     model, job = in_bfloat16
     job.result()
@@ -1748,7 +1749,7 @@ def test_a_malformed_input_is_one_clear_line_and_changes_nothing(
     assert tree(trained.folder) == before
 
 
-# ---- 21. Malformed inputs: one clear line, and nothing is changed --------------------------------
+# ---- 22. Malformed text: one clear line, and nothing is changed ----------------------------------
 
 TEXT = {  # files that cannot be used, but for fine.txt and beside.db
     "fine.txt": "a b\n", "blank.txt": "\n \n", "latin1.txt": "a b\nnaïve\n".encode("latin-1"),
