@@ -223,7 +223,7 @@ def measure_tiers(chunks):
     are quantiles of the words' lengths; any limits are exact, these waste little."""
     of_chunks = [word_chars(chunk.words)[1] for chunk in itertools.islice(chunks, 20)]
     lengths = np.concatenate(of_chunks)
-    limits = sorted({*map(int, np.quantile(lengths, (0.4, 0.75, 0.95, 0.995))), MAX_CHARS})
+    limits = sorted({*map(int, np.quantile(lengths, (0.6, 0.97))), MAX_CHARS})
     tier = np.searchsorted(limits, lengths)  # the shortest that a word fits; a longer one will do
     n_words = np.bincount(tier, minlength=len(limits)) / len(of_chunks)
     room = n_words + 2 * np.sqrt(n_words) + 12

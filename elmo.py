@@ -29,7 +29,7 @@ Part 8 has small functions, where MindSpore's own are slow or not quite right:
     make_matmul(amp)                                  -> matmul in the type amp (None: float32)
     random_masks(seed, shape, rate)                   of dropout
     parameter(name, initial values), compiled(f)      a Parameter, and ms.jit
-    in_pieces(tiers, n_words)                         tiers, and (128, 50), ... for words beyond
+    in_pieces(tiers, n_words)                         words in groups: (how many, how long), ...
 
 data.py reads the text.
 """
@@ -99,13 +99,8 @@ class CharEncoder(nn.Cell):
 
     def __init__(self, o, rng, amp=None):
         super().__init__()
-        self.matmul, self.char_dim, self.filters = make_matmul(amp), o.char_dim, o.filters
-        widths, counts = zip(*o.filters)
-        self.widest, n_filters = max(widths), sum(counts)
-        # [positions, filters]: -1e4 where a filter would reach beyond the 50 characters. `features`
-        # adds it to the scores, so that their maximum over positions is never there.
-        last = MAX_CHARS - np.repeat(widths, counts)  # [filters]: where each fits for the last time
-        self.beyond = Tensor(np.where(np.arange(MAX_CHARS)[:, None] > last, -1e4, 0), ms.float32)
+        self.matmul, self.filters = make_matmul(amp), o.filters
+        n_filters = sum(n for _, n in o.filters)
 
         def normal(*shape):  # [inputs .., outputs], of variance 1 / inputs
             return rng.normal(0, math.sqrt(1 / math.prod(shape[:-1])), shape)
@@ -144,8 +139,8 @@ class CharEncoder(nn.Cell):
         Words after these (without tiers: all) may be of any length; they are read 128 at a time, to
         save memory.
         """
-        zeros = ops.zeros((1, self.char_dim), ms.float32)
-        embedding = ops.concat((zeros, self.char_embed))  # [262, char_dim]
+        no_word = ops.zeros_like(self.char_embed[:1])
+        embedding = ops.concat((no_word, self.char_embed))  # [262, char_dim]
         features, first = [], 0
         for n, limit in in_pieces(tiers, chars.shape[0]):  # tiers, then (128, 50), ...
             features.append(self.features(embedding, chars[first:first + n], limit))
@@ -168,27 +163,17 @@ class CharEncoder(nn.Cell):
 
         limit: no word here has more characters, marks included. From p = limit on filters see
         padding alone, with the same score at each p, so that p = limit stands for all of them.
-        (A filter that is too wide to fit at p = limit fits at none of them.)
         """
-        # All filters side by side are one product: zeros make each as wide as the widest.
-        kernel = []
-        for (width, n), W in zip(self.filters, self.W_cnn):
-            zeros = ops.zeros((1, self.widest - width, self.char_dim, n), ms.float32)
-            kernel.append(ops.concat((W, zeros), 1).reshape(-1, n))
-        kernel = ops.concat(kernel, 1)  # [widest · char_dim, filters]
-        n_positions = min(limit + 1, MAX_CHARS)
-        # What filters read beyond the 50 characters; such scores never count (`beyond`).
-        no_chars = ops.zeros((chars.shape[0], self.widest - 1), ms.int32)
-        chars = ops.concat((chars, no_chars), 1)
-        # What filters see at each position: [words, positions, widest]
-        ids = ops.stack([chars[:, k:k + n_positions] for k in range(self.widest)], 2)
-        patches = ops.gather(embedding, ids, 0)  # [words, positions, widest, char_dim]
-        scores = self.matmul(patches.reshape(-1, self.widest * self.char_dim), kernel)
-        scores = scores.reshape(chars.shape[0], n_positions, -1)  # [words, positions, filters]
-        if n_positions + self.widest - 1 > MAX_CHARS:  # some filters reach beyond
-            scores = scores + self.beyond[:n_positions]
-        b = ops.concat(list(self.b_cnn))
-        return self.activation(bias_add(scores.max(axis=1), b))  # [words, filters]
+        features = []
+        for (width, n), W, b in zip(self.filters, self.W_cnn, self.b_cnn):
+            n_positions = min(limit, MAX_CHARS - width) + 1
+            # What the filters see at each position: [words, positions, width]
+            seen = ops.stack([chars[:, k:k + n_positions] for k in range(width)], 2)
+            e = ops.gather(embedding, seen, 0)  # [words, positions, width, char_dim]
+            W = W.reshape(-1, n)  # [width · char_dim, n]
+            scores = self.matmul(e.reshape(-1, len(W)), W).reshape(-1, n_positions, n)
+            features.append(self.activation(bias_add(scores.max(axis=1), b)))
+        return ops.concat(features, 1)  # [words, filters]
 
 
 # ---- 3. LSTM with projection ---------------------------------------------------------------------
@@ -316,7 +301,8 @@ class BiLM(nn.Cell):
         of each, these two included -> layers + 1 tensors [sentences, time, 2 · projection], forward
         beside backward; h_k,0 is x_k twice."""
         both = ops.stack((x, reverse(x, lengths))).swapaxes(1, 2)  # [2, time, sentences, ..]
-        state = zero_state(self.options, x.shape[0])  # bilm-tf's goes on from call to call
+        # From zero, so that vectors do not depend on earlier calls (bilm-tf's do).
+        state = zero_state(self.options, x.shape[0])
         (forward, backward), _ = self.contextualize(both, state)
         layers = [ops.concat((x, x), -1)]
         for f, b in zip(forward, backward):
@@ -350,7 +336,8 @@ class BiLM(nn.Cell):
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(-1, time, self.options.projection)
         layers = self.layers(x, lengths)
         if not keep_sentence_boundaries:
-            # Step t of what is left is step t + 1 of all, and a word where t + 2 is a token, too.
+            # Without <S>, step t + 1 is the new step t. It is a word, not </S>, if one more token
+            # follows: so the mask begins at 2.
             layers, is_token = [h[:, 1:-1] for h in layers], is_token[:, 2:]
         is_kept = is_token.expand_dims(2).astype(x.dtype)
         layers = [(h * is_kept).reshape(*outer, *h.shape[1:]) for h in layers]
@@ -428,7 +415,8 @@ def draw_negatives(rng, n, n_classes):
         v = rng.random(2 * n) * np.log(n_classes + 1)
         k = np.minimum(np.exp(v).astype(int) - 1, n_classes - 1)  # errors of rounding
         draws = np.append(draws, k)
-        # first[k]: which draw is the first of class k. It stays, as it is written last.
+        # first[k]: the number of the first draw of class k, len(draws) if there is none. (Written
+        # from the last draw back, so that the earliest one stays.)
         first = np.full(n_classes, len(draws))
         first[draws[::-1]] = np.arange(len(draws))[::-1]
         firsts = np.sort(first[first < len(draws)])  # of the draws 5 0 5 3 that is 0 1 3
@@ -461,8 +449,9 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
                                ∝ p(k) · Π_{j in C, j ≠ k} q(j)
                                ∝ p(k) / q(k)
 
-    since k is in C anyhow, drawn or not, and what is left out is the same for each k: the factors
-    1 - q(j) of the classes outside C, and at last Π_{j in C} q(j), by which all is divided.
+    The second line: k is in C whether drawn or not, so it has no factor, and the classes outside C
+    have the same factors 1 - q(j) for each k. The third: divided by Π_{j in C} q(j), which is the
+    same for each k, too.
     The softmax over C of logits less log q equals this when the logits are log p plus a constant:
     the same logits that the full softmax learns.
 
@@ -580,14 +569,14 @@ class Batch(NamedTuple):
 
     Each distinct word of the chunk is encoded once, in a row of chars. A static graph needs fixed
     shapes: so there are rows to spare, a fixed number for short words, a fixed number for longer
-    ones, and so on (the tiers). The few chunks whose words find no room have 256 rows more
-    behind these (or 512, ...), for which the step is compiled again.
+    ones, and so on (the tiers). A chunk whose words do not all find room, which is rare, gets 256
+    rows more behind these, or 512, ..., for words of any length; the step is compiled for it again.
     """
     target: np.ndarray           # int32 [2, n], the class to predict
     negatives: np.ndarray        # int32 [2, N]
     chars: np.ndarray            # int32 [words, 50], the distinct words; rows left over are 0
     word_index: np.ndarray       # int32 [2, time, batch], the row of the word that is read
-    reset_state: np.ndarray      # bool [batch], where the LSTMs begin from zero
+    reset_state: np.ndarray      # bool [batch], whose chunk begins with <S>, see `make_step`
     masks: np.ndarray            # uint8 [layers + 1, 2, time, batch, projection], see `drop`
     target_log_q: np.ndarray     # float32 [2, n]
     negatives_log_q: np.ndarray  # float32 [2, N]
@@ -641,8 +630,9 @@ def training_batches(run, corpus, tiers):
 # 0's targets backward, worker 1's targets forward, ... (So the gradients of all workers have the
 # same rows; in rows of another worker's targets they are 0.) A class that is named several times
 # has several rows, so that the number of rows is the same in every step. One of them, no matter
-# which, gets the change of the class: place[r] is this one, for each row r of the class. Where rows
-# 0, 1, 2 are of the classes 70, 50, 70, place is 2, 1, 2 (or 0, 1, 0).
+# which, represents the class and gets all of its change: place[r] is the number of the row that
+# represents the class of row r. Where rows 0, 1, 2 are of the classes 70, 50, 70, place is 2, 1, 2
+# (or 0, 1, 0).
 
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` and returns its loss and the
@@ -658,7 +648,7 @@ def make_step(run, tiers):
         W, b = ops.split(rows_W, sizes), ops.split(rows_b, sizes)  # in the order above
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
         # `Elmo` and `embed` read each sentence from a zero state. To learn that, a stream's state
-        # is set to zero where its chunk begins with <S> (bilm-tf: only when training begins).
+        # is zero where its chunk begins with <S>; elsewhere it goes on (bilm-tf: always).
         state = reset(state, reset_state)
         outputs, state = bilm.contextualize(x, state, masks if o.dropout else None)
         loss = 0.0
@@ -667,7 +657,7 @@ def make_step(run, tiers):
             own = 2 + 2 * workers.rank + d
             loss += sampled_softmax(y, W[own], b[own], W[d], b[d], target_log_q[d],
                                     negatives_log_q[d], is_drawn[d]) / 2
-        return o.unroll_steps * loss, state  # the gradient is of the sum over time steps (bilm-tf)
+        return o.unroll_steps * loss, state  # summed over time steps, mean over streams (bilm-tf)
 
     # By inputs 0 and 1, rows_W and rows_b, and by the weights; has_aux: the state passes through.
     gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
@@ -731,7 +721,7 @@ def train(args):
         if epoch_is_over and heldout:
             is_best = run.log_heldout(perplexity())  # whether it is the best so far
         else:
-            is_best = epoch_is_over  # there is no held-out text: the latest epoch is the best
+            is_best = epoch_is_over  # without held-out text the latest epoch counts as the best
         if log_is_due and run.workers.rank == 0:
             write_lines(f"{args.out}/log.csv", run.log)
         if save_is_due:
@@ -758,9 +748,10 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     share the corpus.
 
     As in bilm-tf, so that figures compare, and unlike in training here, the state goes on from
-    sentence to sentence, and is zero only where a stream begins. There it knows nothing of the text
-    before: the fewer streams (batch_size · workers), the slightly lower the perplexity (README,
-    "What differs"). bilm-tf leaves out its last batch, and prints the average only.
+    sentence to sentence, and is zero only where a stream begins. First predictions know nothing of
+    the text before; with fewer streams (batch_size · workers) there are fewer of these, and the
+    perplexity is slightly lower (README, "What differs"). bilm-tf leaves out its last batch, and
+    prints the average only.
     """
     o = bilm.options
     tiers = measure_tiers(read_chunks(corpus, vocabulary, o))  # without a seed: once, in order
