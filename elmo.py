@@ -135,7 +135,8 @@ class CharEncoder(nn.Cell):
         chars, see data.char_ids: 1 to 256 are bytes, 257 and 258 stand for <S> and </S>, 259 and
         260 for a word's begin and end; 261 is padding, and embedded like any other; 0 is no word,
         and embedded as zeros. tiers, to save time: ((800, 10), (100, 50)) says that the first 800
-        words have at most 10 characters, begin and end marks included, and the next 100 at most 50.
+        words have at most 10 characters, begin and end marks included, and the next 100 at most 50
+        (`data.fill_tiers` puts the short ones first).
         Words after these (without tiers: all) may be of any length; they are read 128 at a time, to
         save memory.
         """
@@ -166,7 +167,7 @@ class CharEncoder(nn.Cell):
         """
         features = []
         for (width, n), W, b in zip(self.filters, self.W_cnn, self.b_cnn):
-            n_positions = min(limit, MAX_CHARS - width) + 1
+            n_positions = min(limit, MAX_CHARS - width) + 1  # p = 0 ... limit, if it fits there
             # What the filters see at each position: [words, positions, width]
             seen = ops.stack([chars[:, k:k + n_positions] for k in range(width)], 2)
             e = ops.gather(embedding, seen, 0)  # [words, positions, width, char_dim]
@@ -275,7 +276,7 @@ class BiLM(nn.Cell):
         batch, projection + dim], what the LSTMs remember from the text before; masks [layers + 1,
         2, time, batch, projection], of dropout, for each layer's input and the last one's output.
         """
-        o, outputs, states = self.options, [], []  # states: of direction 0, layer by layer, then 1
+        o, outputs, states = self.options, [], []  # states: all of direction 0, then of direction 1
         if masks is not None:
             masks = [ops.unstack(mask) for mask in ops.unstack(masks)]
         for direction, (x_d, old_states) in enumerate(zip(ops.unstack(x), ops.unstack(state))):
@@ -446,14 +447,12 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
     class j drawn with probability q(j), as if independently. By Bayes' rule, for k in C,
 
         P(k is the target | C) ∝ p(k) · P(C | k is the target)
-                               ∝ p(k) · Π_{j in C, j ≠ k} q(j)
-                               ∝ p(k) / q(k)
+                               ∝ p(k) · Π_{j in C, j ≠ k} q(j)     k need not be drawn: it is in C
+                               ∝ p(k) / q(k)                       divided by Π_{j in C} q(j)
 
-    The second line: k is in C whether drawn or not, so it has no factor, and the classes outside C
-    have the same factors 1 - q(j) for each k. The third: divided by Π_{j in C} q(j), which is the
-    same for each k, too.
-    The softmax over C of logits less log q equals this when the logits are log p plus a constant:
-    the same logits that the full softmax learns.
+    (∝ leaves out what is the same for each k in C: also 1 - q(j) of the classes outside C.) The
+    softmax over C of logits less log q equals this when the logits are log p plus a constant: the
+    same logits that the full softmax learns.
 
     y [n, projection]; rows of Θs: W_target [n, projection], b_target [n], W_negatives
     [N, projection], b_negatives [N]; log q of the classes, [n] and [N]; is_drawn float32 [n]: 1
@@ -556,8 +555,8 @@ class Elmo(nn.Cell):
 # ---- 7. Training and perplexity (sections 3.1, 3.4) ----------------------------------------------
 
 class Batch(NamedTuple):
-    """What one training step reads: a chunk of text (data.Chunk) and what is random. In the shapes
-    N is the number of negatives of a direction, n = time · batch that of its predictions.
+    """What one training step reads: a chunk of text (data.Chunk) and what is random. The shapes: of
+    each direction N negatives and n = time · batch predictions.
 
     A stream is one sentence after the other; the backward direction reads each of them from its
     end, in the same time steps. "cats sleep" and "dogs bark" are
@@ -637,7 +636,7 @@ def training_batches(run, corpus, tiers):
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` and returns its loss and the
     gradient's norm, tensors that the device may still be computing. It changes the `Run`'s weights,
-    their sums (`accumulators`), and the `tables` W and b of its softmax, and their sums."""
+    their sums (`accumulators`), and its `tables`: the softmax's W and b, and their sums."""
     o, bilm, workers = run.options, run.bilm, run.workers
     weights = ms.ParameterTuple(bilm.trainable_params())
     row_of_class = Parameter(Tensor(np.zeros(len(run.vocabulary), np.int32)), requires_grad=False)

@@ -891,6 +891,8 @@ def test_every_words_characters_come_back_through_the_tiers_whatever_room_they_h
         counts, limits = zip(*tiers)
         for row, limit in zip(chars, np.repeat(limits, counts)):
             assert set(row[limit:]) <= {0, 261}
+    chunk = Chunk(["a"] * 999 + ["x" * 60], *[None] * 5)  # one long word has room, too
+    assert [limit for _, limit in measure_tiers([chunk])] == [3, 50]
 
 
 def test_each_direction_subtracts_the_expected_counts_of_its_own_draws(monkeypatch):
