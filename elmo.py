@@ -118,8 +118,8 @@ class CharEncoder(nn.Cell):
             W_cnn.append(parameter(f"CNN/W_cnn_{k}", initial_filters(1, width, o.char_dim, n)))
             b_cnn.append(parameter(f"CNN/b_cnn_{k}", np.zeros(n)))
         for k in range(o.n_highway):
-            # y = g · new + (1 - g) · x, see `construct`: bilm-tf calls the weights of g "carry",
-            # though g is the share of what is new. -2: g is small at first, and y nearly x.
+            # y = g · new + (1 - g) · x, see `construct`: "carry" makes g, "transform" what is new
+            # (bilm-tf's names). -2: g is small at first, and y nearly x.
             for name, bias in (("carry", -2.0), ("transform", 0.0)):
                 W = parameter(f"CNN_high_{k}/W_{name}", normal(n_filters, n_filters))
                 highway += [W, parameter(f"CNN_high_{k}/b_{name}", np.full(n_filters, bias))]
@@ -156,18 +156,18 @@ class CharEncoder(nn.Cell):
         return bias_add(self.matmul(x, W_proj), b_proj)  # [words, projection]
 
     def features(self, embedding, chars, limit):
-        """"2048 character n-gram convolutional filters" (3.4), each at its best position:
+        """"2048 character n-gram convolutional filters" (3.4), each one's maximum over positions:
         chars int32 [words, 50] -> [words, filters].
 
         score[p] = [e[p], ..., e[p + width - 1]] · W, for p = 0 ... 50 - width;
         feature = activation(max_p score[p] + b)
 
         limit: no word here has more characters, marks included. From p = limit on filters see
-        padding alone, with the same score at each p, so that p = limit stands for all of them.
+        padding alone, with the same score at each p: of these the maximum needs p = limit only.
         """
         features = []
         for (width, n), W, b in zip(self.filters, self.W_cnn, self.b_cnn):
-            n_positions = min(limit, MAX_CHARS - width) + 1  # p = 0 ... limit, if it fits there
+            n_positions = min(limit, MAX_CHARS - width) + 1  # p = 0 ... limit, or the last
             # What the filters see at each position: [words, positions, width]
             seen = ops.stack([chars[:, k:k + n_positions] for k in range(width)], 2)
             e = ops.gather(embedding, seen, 0)  # [words, positions, width, char_dim]
@@ -225,7 +225,7 @@ class ProjectedLSTM(nn.Cell):
             return rng.uniform(-math.sqrt(6 / (m + n)), math.sqrt(6 / (m + n)), (m, n))
 
         self.weights = ms.ParameterTuple([
-            parameter(name + "W_0", glorot(2 * o.projection, 4 * o.dim)),  # of x beside h
+            parameter(name + "W_0", glorot(2 * o.projection, 4 * o.dim)),  # of [x; h]
             parameter(name + "B", np.zeros(4 * o.dim)),
             parameter(name + "W_P_0", glorot(o.dim, o.projection))])
         self.recurrence = recurrence
@@ -324,7 +324,7 @@ class BiLM(nn.Cell):
             raise ValueError("ids of sentences are [sentences, tokens, 50 characters], as "
                              f"batch_to_ids makes them, not {list(shape)}")
         ids = ids if isinstance(ids, Tensor) else Tensor(ids)  # numpy's arrays, too
-        begin = self.begin.tile((*outer, 1, 1))
+        begin = self.begin.tile((*outer, 1, 1))  # [.., 1, 50]
         room_for_end = ops.zeros((*outer, 1, MAX_CHARS), ms.int32)
         ids = ops.concat((begin, ids.astype(ms.int32), room_for_end), -2)
         time = ids.shape[-2]
@@ -337,8 +337,8 @@ class BiLM(nn.Cell):
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(-1, time, self.options.projection)
         layers = self.layers(x, lengths)
         if not keep_sentence_boundaries:
-            # Without <S>, step t + 1 is the new step t. It is a word, not </S>, if one more token
-            # follows: so the mask begins at 2.
+            # The new step t is the old t + 1. There is a word, not </S>, if the old t + 2 is a
+            # token, too: so the mask begins at 2.
             layers, is_token = [h[:, 1:-1] for h in layers], is_token[:, 2:]
         is_kept = is_token.expand_dims(2).astype(x.dtype)
         layers = [(h * is_kept).reshape(*outer, *h.shape[1:]) for h in layers]
@@ -384,7 +384,7 @@ class Softmax(nn.Cell):
         """-log p(target) under the full softmax: y [n, projection], target int32 [n] -> [n].
 
         -log p(target) = log Σ_k exp(y · W_k + b_k) - (y · W_target + b_target)."""
-        log_sum = ops.full((y.shape[0],), -math.inf, dtype=ms.float32)
+        log_sum = ops.full((y.shape[0],), -math.inf, dtype=ms.float32)  # log 0
         n = self.CLASSES_AT_ONCE
         for k in range(0, self.b.shape[0], n):
             W, b = self.W[k:k + n], self.b[k:k + n]
@@ -411,19 +411,19 @@ def draw_negatives(rng, n, n_classes):
     """
     draws = np.empty(0, int)
     while True:
-        # P(k) is the length from log(k + 1) to log(k + 2) as a share of that from 0 to
-        # log(n_classes + 1): if v is uniform in there, exp v rounds down to k + 1 with P(k).
+        # If v is uniform from 0 to log(n_classes + 1), it lies between log(k + 1) and log(k + 2)
+        # with probability P(k), and then exp v rounds down to k + 1.
         v = rng.random(2 * n) * np.log(n_classes + 1)
         k = np.minimum(np.exp(v).astype(int) - 1, n_classes - 1)  # errors of rounding
         draws = np.append(draws, k)
-        # first[k]: the number of the first draw of class k, len(draws) if there is none. (Written
-        # from the last draw back, so that the earliest one stays.)
-        first = np.full(n_classes, len(draws))
-        first[draws[::-1]] = np.arange(len(draws))[::-1]
-        firsts = np.sort(first[first < len(draws)])  # of the draws 5 0 5 3 that is 0 1 3
-        if len(firsts) >= n:
-            n_draws = int(firsts[n - 1]) + 1  # the draws behind the n-th class do not count
-            return draws[firsts[:n]], n_draws
+        # Which draw is the first of class k; len(draws) if none is. (Written from the last draw
+        # back, so that the earliest one stays.)
+        first_draw = np.full(n_classes, len(draws))
+        first_draw[draws[::-1]] = np.arange(len(draws))[::-1]
+        kept = np.sort(first_draw[first_draw < len(draws)])  # of the draws 5 0 5 3 these are 0 1 3
+        if len(kept) >= n:
+            n_draws = int(kept[n - 1]) + 1  # the draws behind the n-th class do not count
+            return draws[kept[:n]], n_draws
 
 
 def log_expected_count(k, n_draws, n_classes):
@@ -444,15 +444,16 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
 
     with t the target's logit less its log q, s_k a negative's logit less its own. Why less log q:
     let p(k) be the softmax over all classes, and C the target and the negatives together, each
-    class j drawn with probability q(j), as if independently. By Bayes' rule, for k in C,
+    class j drawn with probability q(j), as if independently. Which k in C is the target? By Bayes'
+    rule (∝ leaves out factors that are the same for each k, as 1 - q(j) of classes j outside C),
 
         P(k is the target | C) ∝ p(k) · P(C | k is the target)
-                               ∝ p(k) · Π_{j in C, j ≠ k} q(j)     k need not be drawn: it is in C
-                               ∝ p(k) / q(k)                       divided by Π_{j in C} q(j)
+                               ∝ p(k) · Π_{j in C, j ≠ k} q(j)     the others were drawn
+                               = p(k) · Π_{j in C} q(j) / q(k)
+                               ∝ p(k) / q(k)
 
-    (∝ leaves out what is the same for each k in C: also 1 - q(j) of the classes outside C.) The
-    softmax over C of logits less log q equals this when the logits are log p plus a constant: the
-    same logits that the full softmax learns.
+    The softmax over C of logits less log q equals this when the logits are log p plus a constant:
+    the same logits that the full softmax learns.
 
     y [n, projection]; rows of Θs: W_target [n, projection], b_target [n], W_negatives
     [N, projection], b_negatives [N]; log q of the classes, [n] and [N]; is_drawn float32 [n]: 1
@@ -460,9 +461,9 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
     """
     t = (y * W_target).sum(1) + b_target - target_log_q  # [n]
     log_sum = log_sum_exp(y, W_negatives, b_negatives - negatives_log_q)  # of all negatives
-    # Where the target is one of the negatives (an "accidental hit") the sum has it already, as
-    # s_k = t: then exp(t - 1e9) = 0 is added to it, elsewhere exp t. (TensorFlow removes the
-    # negative instead, with the same result.)
+    # Add exp t. But where the target is one of the negatives, an "accidental hit", the sum has it
+    # already, as s_k = t: there add exp(t - 1e9) = 0. (TensorFlow removes the negative instead,
+    # with the same result.)
     return (log_add_exp(log_sum, t - 1e9 * is_drawn) - t).mean()
 
 
@@ -555,8 +556,8 @@ class Elmo(nn.Cell):
 # ---- 7. Training and perplexity (sections 3.1, 3.4) ----------------------------------------------
 
 class Batch(NamedTuple):
-    """What one training step reads: a chunk of text (data.Chunk) and what is random. The shapes: of
-    each direction N negatives and n = time · batch predictions.
+    """What one training step reads: a chunk of text (data.Chunk) and what is random. N is the
+    number of negatives, n = time · batch that of predictions, each of one direction.
 
     A stream is one sentence after the other; the backward direction reads each of them from its
     end, in the same time steps. "cats sleep" and "dogs bark" are
@@ -575,7 +576,7 @@ class Batch(NamedTuple):
     negatives: np.ndarray        # int32 [2, N]
     chars: np.ndarray            # int32 [words, 50], the distinct words; rows left over are 0
     word_index: np.ndarray       # int32 [2, time, batch], the row of the word that is read
-    reset_state: np.ndarray      # bool [batch], whose chunk begins with <S>, see `make_step`
+    reset_state: np.ndarray      # bool [batch], streams that are at <S> in the first time step
     masks: np.ndarray            # uint8 [layers + 1, 2, time, batch, projection], see `drop`
     target_log_q: np.ndarray     # float32 [2, n]
     negatives_log_q: np.ndarray  # float32 [2, N]
@@ -594,7 +595,7 @@ def make_batch(chunk, step, tiers, n_classes, o, seed, rank=0):
         n_draws = np.array([[n] for _, n in samples])  # [2, 1]
         target_log_q = log_expected_count(target, n_draws, n_classes)
         negatives_log_q = log_expected_count(negatives, n_draws, n_classes)
-    else:  # the full softmax is the sampled one with all classes drawn: log q = 0, is_drawn = 1
+    else:  # full: the sampled one with all classes drawn, so that log q = 0 and is_drawn = 1
         negatives = np.tile(np.arange(n_classes), (2, 1))
         target_log_q, negatives_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
     is_drawn = [np.isin(target[d], negatives[d]) for d in (0, 1)]
@@ -619,19 +620,19 @@ def training_batches(run, corpus, tiers):
     return prefetch(enumerate(chunks, run.step), make)
 
 
-# The tables, W and b of the softmax and Adagrad's sums of their squared gradients, are too large to
-# be updated whole: for 793,471 words W alone is 1.6 GB. But only the rows of the classes that a
-# batch names, as negatives or as targets, change. A step copies these rows out, finds in a static
-# graph how they change, and adds this to the tables. (A graph that both reads and changes a table
-# would copy it.)
+# Four tables, W and b of the softmax and for each Adagrad's sums of its squared gradients, are too
+# large to be updated whole: for 793,471 words W alone is 1.6 GB. But only the rows of the classes
+# that a batch names, as negatives or as targets, change. A step copies these rows out, finds in a
+# static graph how they change, and adds this to the tables. (A graph that both reads and changes a
+# table would copy it.)
 #
 # The order of the rows: negatives forward, negatives backward, worker 0's targets forward, worker
 # 0's targets backward, worker 1's targets forward, ... (So the gradients of all workers have the
-# same rows; in rows of another worker's targets they are 0.) A class that is named several times
-# has several rows, so that the number of rows is the same in every step. One of them, no matter
-# which, represents the class and gets all of its change: place[r] is the number of the row that
-# represents the class of row r. Where rows 0, 1, 2 are of the classes 70, 50, 70, place is 2, 1, 2
-# (or 0, 1, 0).
+# same rows; in rows of another worker's targets they are 0.) The number of rows is the same in
+# every step, so that a class that is named several times has several. Adagrad must square the sum
+# of their gradients: one of them, no matter which, gets it all. place[r] is the number of this row,
+# for the class of row r. Where rows 0, 1, 2 are of the classes 70, 50, 70, place is 2, 1, 2 (or 0,
+# 1, 0).
 
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` and returns its loss and the
@@ -644,21 +645,21 @@ def make_step(run, tiers):
     def loss_of(rows_W, rows_b, state, chars, word_index, reset_state, masks, target_log_q,
                 negatives_log_q, is_drawn):
         sizes = [negatives_log_q.shape[1]] * 2 + [target_log_q.shape[1]] * (2 * workers.size)
-        W, b = ops.split(rows_W, sizes), ops.split(rows_b, sizes)  # in the order above
+        W, b = ops.split(rows_W, sizes), ops.split(rows_b, sizes)  # of N, N, n, n, ... rows
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # `Elmo` and `embed` read each sentence from a zero state. To learn that, a stream's state
-        # is zero where its chunk begins with <S>; elsewhere it goes on (bilm-tf: always).
+        # `Elmo` and `embed` read each sentence from a zero state. To learn that, a stream begins
+        # from zero where its first time step is <S>; at others it goes on (bilm-tf: always).
         state = reset(state, reset_state)
         outputs, state = bilm.contextualize(x, state, masks if o.dropout else None)
         loss = 0.0
         for d in (0, 1):  # "jointly maximizes the log likelihood of the forward and backward ..."
             y = outputs[d][-1].reshape(-1, o.projection)  # [n, projection]
-            own = 2 + 2 * workers.rank + d
+            own = 2 + 2 * workers.rank + d  # this worker's targets
             loss += sampled_softmax(y, W[own], b[own], W[d], b[d], target_log_q[d],
                                     negatives_log_q[d], is_drawn[d]) / 2
-        return o.unroll_steps * loss, state  # summed over time steps, mean over streams (bilm-tf)
+        return o.unroll_steps * loss, state  # from the mean over all to the sum over time (bilm-tf)
 
-    # By inputs 0 and 1, rows_W and rows_b, and by the weights; has_aux: the state passes through.
+    # By rows_W and rows_b (inputs 0 and 1), and by the weights; has_aux: the state passes through.
     gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
 
     @compiled
@@ -675,9 +676,9 @@ def make_step(run, tiers):
             ops.ApplyAdagrad()(w, total, o.learning_rate, scale * g)
         dW, db = scale * dW, scale * db
         squares_W, squares_b = ops.square(dW), ops.square(db)
-        step_W = -o.learning_rate * dW / ops.sqrt(sums_W + squares_W)
-        step_b = -o.learning_rate * db / ops.sqrt(sums_b + squares_b)
-        return loss / o.unroll_steps, norm, state, (step_W, step_b, squares_W, squares_b)
+        change_W = -o.learning_rate * dW / ops.sqrt(sums_W + squares_W)
+        change_b = -o.learning_rate * db / ops.sqrt(sums_b + squares_b)
+        return loss / o.unroll_steps, norm, state, (change_W, change_b, squares_W, squares_b)
 
     def step(batch):
         target, negatives, *rest = map(Tensor, batch)  # rest: chars ... is_drawn, as in `loss_of`
@@ -726,7 +727,7 @@ def train(args):
         if save_is_due:
             run.save(args.out, is_best)  # worker 0 writes the states of all
         if log_is_due or run.step == first_step:
-            run.start_clock()  # again: compiling, testing and saving do not count
+            run.start_clock()  # again: compiling (first_step), testing and saving do not count
 
 
 class Perplexities(NamedTuple):
@@ -747,10 +748,9 @@ def make_perplexity(bilm, softmax, vocabulary, corpus, workers):
     share the corpus.
 
     As in bilm-tf, so that figures compare, and unlike in training here, the state goes on from
-    sentence to sentence, and is zero only where a stream begins. First predictions know nothing of
-    the text before; with fewer streams (batch_size · workers) there are fewer of these, and the
-    perplexity is slightly lower (README, "What differs"). bilm-tf leaves out its last batch, and
-    prints the average only.
+    sentence to sentence, and is zero only where a stream begins. A stream's first predictions know
+    no text before them: fewer streams (batch_size · workers) make the perplexity slightly lower
+    (README, "What differs"). bilm-tf leaves out its last batch, and prints the average only.
     """
     o = bilm.options
     tiers = measure_tiers(read_chunks(corpus, vocabulary, o))  # without a seed: once, in order
