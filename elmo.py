@@ -163,11 +163,11 @@ class CharEncoder(nn.Cell):
         feature = activation(max_p score[p] + b)
 
         limit: no word here has more characters, marks included. From p = limit on filters see
-        padding alone, with the same score at each p: of these the maximum needs p = limit only.
+        padding alone, with the same score at each p: one of these is enough, p = limit.
         """
         features = []
         for (width, n), W, b in zip(self.filters, self.W_cnn, self.b_cnn):
-            n_positions = min(limit, MAX_CHARS - width) + 1  # p = 0 ... limit, or the last
+            n_positions = min(limit, MAX_CHARS - width) + 1  # p = 0 ... limit (or the last)
             # What the filters see at each position: [words, positions, width]
             seen = ops.stack([chars[:, k:k + n_positions] for k in range(width)], 2)
             e = ops.gather(embedding, seen, 0)  # [words, positions, width, char_dim]
@@ -337,8 +337,8 @@ class BiLM(nn.Cell):
         x = self.encoder(ids.reshape(-1, MAX_CHARS)).reshape(-1, time, self.options.projection)
         layers = self.layers(x, lengths)
         if not keep_sentence_boundaries:
-            # The new step t is the old t + 1. There is a word, not </S>, if the old t + 2 is a
-            # token, too: so the mask begins at 2.
+            # The new step t is the old t + 1. It is a word, not </S>, if something follows it, that
+            # is, if the old t + 2 is a token: so the mask begins at 2.
             layers, is_token = [h[:, 1:-1] for h in layers], is_token[:, 2:]
         is_kept = is_token.expand_dims(2).astype(x.dtype)
         layers = [(h * is_kept).reshape(*outer, *h.shape[1:]) for h in layers]
@@ -433,7 +433,7 @@ def log_expected_count(k, n_draws, n_classes):
     negatives hold a class once or not at all. (n_draws is random, but taken as given, as in
     TensorFlow.)"""
     p = np.log((k + 2) / (k + 1)) / np.log(n_classes + 1)
-    return np.log(-np.expm1(n_draws * np.log1p(-p)))  # exact for small p, too
+    return np.log(-np.expm1(n_draws * np.log1p(-p)))  # accurate for small p, too
 
 
 def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_q, negatives_log_q,
@@ -444,13 +444,14 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
 
     with t the target's logit less its log q, s_k a negative's logit less its own. Why less log q:
     let p(k) be the softmax over all classes, and C the target and the negatives together, each
-    class j drawn with probability q(j), as if independently. Which k in C is the target? By Bayes'
-    rule (∝ leaves out factors that are the same for each k, as 1 - q(j) of classes j outside C),
+    class j drawn with probability q(j), as if independently. If k, in C, is the target, the other
+    classes in C were drawn and those outside were not; whether k was drawn, too, does not matter:
 
-        P(k is the target | C) ∝ p(k) · P(C | k is the target)
-                               ∝ p(k) · Π_{j in C, j ≠ k} q(j)     the others were drawn
-                               = p(k) · Π_{j in C} q(j) / q(k)
-                               ∝ p(k) / q(k)
+        P(C | k is the target) = Π_{j in C, j ≠ k} q(j) · Π_{j not in C} (1 - q(j))
+
+    This is 1 / q(k) times something that is the same for each k in C. So, by Bayes' rule,
+
+        P(k is the target | C) ∝ p(k) · P(C | k is the target) ∝ p(k) / q(k)
 
     The softmax over C of logits less log q equals this when the logits are log p plus a constant:
     the same logits that the full softmax learns.
@@ -520,8 +521,8 @@ class Elmo(nn.Cell):
     parameters of `bilm` yourself);
     do_layer_norm: see `layer_norm`; dropout: of the vectors, in training mode (`set_train()`);
     vocab_to_cache: ignored; keep_sentence_boundaries: leave <S> and </S> in;
-    scalar_mix_parameters: fixed w for all mixes, for example [-9e10, -9e10, 1] for the top layer
-    alone. Unlike AllenNLP's it keeps no state between calls.
+    scalar_mix_parameters: fixed w for all mixes, with γ = 1, for example [-9e10, -9e10, 1] for the
+    top layer alone. Unlike AllenNLP's it keeps no state between calls.
     """
 
     def __init__(self, options_file, weight_file, num_output_representations, requires_grad=False,
@@ -595,7 +596,7 @@ def make_batch(chunk, step, tiers, n_classes, o, seed, rank=0):
         n_draws = np.array([[n] for _, n in samples])  # [2, 1]
         target_log_q = log_expected_count(target, n_draws, n_classes)
         negatives_log_q = log_expected_count(negatives, n_draws, n_classes)
-    else:  # full: the sampled one with all classes drawn, so that log q = 0 and is_drawn = 1
+    else:  # the full softmax is the sampled one with all classes drawn, log q = 0
         negatives = np.tile(np.arange(n_classes), (2, 1))
         target_log_q, negatives_log_q = np.zeros(target.shape), np.zeros(negatives.shape)
     is_drawn = [np.isin(target[d], negatives[d]) for d in (0, 1)]
@@ -628,11 +629,12 @@ def training_batches(run, corpus, tiers):
 #
 # The order of the rows: negatives forward, negatives backward, worker 0's targets forward, worker
 # 0's targets backward, worker 1's targets forward, ... (So the gradients of all workers have the
-# same rows; in rows of another worker's targets they are 0.) The number of rows is the same in
-# every step, so that a class that is named several times has several. Adagrad must square the sum
-# of their gradients: one of them, no matter which, gets it all. place[r] is the number of this row,
-# for the class of row r. Where rows 0, 1, 2 are of the classes 70, 50, 70, place is 2, 1, 2 (or 0,
-# 1, 0).
+# same rows; in rows of another worker's targets they are 0.)
+#
+# The number of rows is the same in every step: a class that is named several times has several
+# rows. Their gradients are added up in one of them, no matter which, since Adagrad must square the
+# sum; the others get 0. place[r] is the number of that one, for the class of row r: if rows 0, 1, 2
+# are of the classes 70, 50, 70, place is 2, 1, 2 (or 0, 1, 0).
 
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` and returns its loss and the
@@ -647,8 +649,8 @@ def make_step(run, tiers):
         sizes = [negatives_log_q.shape[1]] * 2 + [target_log_q.shape[1]] * (2 * workers.size)
         W, b = ops.split(rows_W, sizes), ops.split(rows_b, sizes)  # of N, N, n, n, ... rows
         x = ops.gather(bilm.encoder(chars, tiers), word_index, 0)  # [2, time, batch, projection]
-        # `Elmo` and `embed` read each sentence from a zero state. To learn that, a stream begins
-        # from zero where its first time step is <S>; at others it goes on (bilm-tf: always).
+        # `Elmo` and `embed` read each sentence from a zero state. To learn that, streams that are
+        # at <S> when the chunk begins start from zero; within it all go on (bilm-tf: always).
         state = reset(state, reset_state)
         outputs, state = bilm.contextualize(x, state, masks if o.dropout else None)
         loss = 0.0
@@ -657,7 +659,7 @@ def make_step(run, tiers):
             own = 2 + 2 * workers.rank + d  # this worker's targets
             loss += sampled_softmax(y, W[own], b[own], W[d], b[d], target_log_q[d],
                                     negatives_log_q[d], is_drawn[d]) / 2
-        return o.unroll_steps * loss, state  # from the mean over all to the sum over time (bilm-tf)
+        return o.unroll_steps * loss, state  # the sum over time, mean over streams (bilm-tf)
 
     # By rows_W and rows_b (inputs 0 and 1), and by the weights; has_aux: the state passes through.
     gradient = ms.value_and_grad(loss_of, (0, 1), weights, has_aux=True)
@@ -721,7 +723,7 @@ def train(args):
         if epoch_is_over and heldout:
             is_best = run.log_heldout(perplexity())  # whether it is the best so far
         else:
-            is_best = epoch_is_over  # without held-out text the latest epoch counts as the best
+            is_best = epoch_is_over  # (in an epoch: False) without held-out text the latest is best
         if log_is_due and run.workers.rank == 0:
             write_lines(f"{args.out}/log.csv", run.log)
         if save_is_due:
