@@ -416,8 +416,8 @@ def draw_negatives(rng, n, n_classes):
         v = rng.random(2 * n) * np.log(n_classes + 1)
         k = np.minimum(np.exp(v).astype(int) - 1, n_classes - 1)  # errors of rounding
         draws = np.append(draws, k)
-        # Which draw is the first of class k; len(draws) if none is. (Written from the last draw
-        # back, so that the earliest one stays.)
+        # Which draw is the first of class k; len(draws) if none is. (Of several numbers for a class
+        # the last one stays; so they are written from the last draw back.)
         first_draw = np.full(n_classes, len(draws))
         first_draw[draws[::-1]] = np.arange(len(draws))[::-1]
         kept = np.sort(first_draw[first_draw < len(draws)])  # of the draws 5 0 5 3 these are 0 1 3
@@ -445,7 +445,7 @@ def sampled_softmax(y, W_target, b_target, W_negatives, b_negatives, target_log_
     with t the target's logit less its log q, s_k a negative's logit less its own. Why less log q:
     let p(k) be the softmax over all classes, and C the target and the negatives together, each
     class j drawn with probability q(j), as if independently. If k, in C, is the target, the other
-    classes in C were drawn and those outside were not; whether k was drawn, too, does not matter:
+    classes in C were drawn and those outside were not (C is the same whether k was drawn or not):
 
         P(C | k is the target) = Π_{j in C, j ≠ k} q(j) · Π_{j not in C} (1 - q(j))
 
@@ -621,20 +621,21 @@ def training_batches(run, corpus, tiers):
     return prefetch(enumerate(chunks, run.step), make)
 
 
-# Four tables, W and b of the softmax and for each Adagrad's sums of its squared gradients, are too
-# large to be updated whole: for 793,471 words W alone is 1.6 GB. But only the rows of the classes
-# that a batch names, as negatives or as targets, change. A step copies these rows out, finds in a
-# static graph how they change, and adds this to the tables. (A graph that both reads and changes a
-# table would copy it.)
+# Four tables (W and b of the softmax, and Adagrad's sums of squared gradients for each of the two)
+# are too large to be updated whole: for 793,471 words W alone is 1.6 GB. But only the rows of the
+# classes that a batch names, as negatives or as targets, change. A step copies these rows out,
+# finds in a static graph how they change, and adds this to the tables. (A graph that both reads and
+# changes a table would copy it.)
 #
 # The order of the rows: negatives forward, negatives backward, worker 0's targets forward, worker
-# 0's targets backward, worker 1's targets forward, ... (So the gradients of all workers have the
-# same rows; in rows of another worker's targets they are 0.)
+# 0's targets backward, worker 1's targets forward, ... (All workers have the rows of all, so that
+# gradients can be averaged; in rows of another worker's targets they are 0.)
 #
 # The number of rows is the same in every step: a class that is named several times has several
-# rows. Their gradients are added up in one of them, no matter which, since Adagrad must square the
-# sum; the others get 0. place[r] is the number of that one, for the class of row r: if rows 0, 1, 2
-# are of the classes 70, 50, 70, place is 2, 1, 2 (or 0, 1, 0).
+# rows. Adagrad must square the sum of their gradients, so this goes to one of them, no matter
+# which: to row place[r], for row r. The others get 0, and change by 0, so that adding all of them
+# to the table changes the class once. If rows 0, 1, 2 are of the classes 70, 50, 70, place is 2, 1,
+# 2 (or 0, 1, 0).
 
 def make_step(run, tiers):
     """-> a function that does one training step with a `Batch` and returns its loss and the
@@ -723,7 +724,7 @@ def train(args):
         if epoch_is_over and heldout:
             is_best = run.log_heldout(perplexity())  # whether it is the best so far
         else:
-            is_best = epoch_is_over  # (in an epoch: False) without held-out text the latest is best
+            is_best = epoch_is_over  # False within an epoch; without held-out text the latest wins
         if log_is_due and run.workers.rank == 0:
             write_lines(f"{args.out}/log.csv", run.log)
         if save_is_due:
